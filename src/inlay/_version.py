@@ -1,0 +1,3 @@
+"""The version of inlay, in the one place that the build, the package and the adapter files read."""
+
+__version__ = "0.1.0"
