@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or a Hugging Face library: they read these once. Subprocesses inherit them.
@@ -50,10 +51,14 @@ def _cuda() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Each test starts from the same random state, in whatever order and on whichever worker it runs."""
+def _fresh() -> Iterator[None]:
+    """Each test starts from the same random state and without the process-wide state of accelerate."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+    yield
+    if accelerate := sys.modules.get("accelerate.state"):
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

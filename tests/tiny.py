@@ -8,7 +8,7 @@
 
 The weights differ from what transformers initialises so that a wrong implementation shows: matrices are large
 enough for attention to be far from uniform, and biases and norms are not zero and one. Sizes differ from each
-other (hidden 32, FFN 48, query heads 64 in Qwen 3, half as many key as query heads where a family can), so that
+other (hidden 32, FFN 48, query heads 64 in Qwen 3, half as many key as query heads where possible), so that
 a mixed-up shape fails instead of broadcasting.
 """
 
