@@ -18,14 +18,20 @@ from inlay._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from inlay import errors as errors
+    from inlay.anatomy import anatomy as anatomy
     from inlay.anatomy.base import Anatomy as Anatomy
     from inlay.anatomy.base import Site as Site
+    from inlay.quant import FP4 as FP4
+    from inlay.quant import NF4 as NF4
 
 # Public name -> the module that defines it. Where the name is that of the module, the module itself is meant.
 # A new name needs a line here, one above for type checkers, and one in tests/contracts/test_public_api.py.
 _HOME = {
     "Anatomy": "inlay.anatomy.base",
+    "FP4": "inlay.quant",
+    "NF4": "inlay.quant",
     "Site": "inlay.anatomy.base",
+    "anatomy": "inlay.anatomy",
     "errors": "inlay.errors",
 }
 

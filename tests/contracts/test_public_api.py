@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import inlay
 
 PUBLIC = [
     "Anatomy",
+    "FP4",
+    "NF4",
     "Site",
     "__version__",
+    "anatomy",
     "errors",
 ]
 
@@ -28,6 +32,13 @@ def test_public_name_resolves_and_is_documented(name):
     value = getattr(inlay, name)
     assert name == "__version__" or inspect.getdoc(value)
     assert getattr(inlay, name) is value
+
+
+def test_anatomy_is_a_function_and_still_a_package():
+    """Importing the package must not put a plain module in the place of the function of the same name."""
+    probe = importlib.import_module("inlay.anatomy.probe")
+    assert inlay.anatomy.probe is probe
+    assert callable(inlay.anatomy)
 
 
 def test_type_checkers_see_the_same_names():
