@@ -1,0 +1,44 @@
+"""In which precision a run computes: measured once, at its start, because some CPUs are slower in bf16 and some are not."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+from inlay.config import RunConfig
+
+TOKENS, WIDTH, INNER = 512, 384, 1536  # one feed-forward of a small encoder on a small batch
+GAIN = 0.9  # bf16 must take less than this part of the fp32 time: below that the loss of digits buys nothing
+
+
+def resolve_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """The configuration with `bf16` decided."""
+    if config.bf16 is not None or config.fp16:
+        return config.model_copy(update={"bf16": bool(config.bf16)})
+    return config.model_copy(update={"bf16": faster_in_bf16(device)})
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether a feed-forward, forward and backward, is faster under bf16 autocast on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(INNER, WIDTH, generator=generator)
+    down = torch.randn(WIDTH, INNER, generator=generator)
+    x_TI = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
+
+    def seconds(bf16: bool) -> float:
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                y_TI = F.linear(F.gelu(F.linear(x_TI, up)), down)
+            y_TI.float().sum().backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(True) < GAIN * seconds(False)
