@@ -18,21 +18,59 @@ from inlay._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from inlay import errors as errors
+    from inlay.adapter import Adapter as Adapter
+    from inlay.adapter import attach as attach
+    from inlay.adapter import detach as detach
+    from inlay.adapter import load as load
     from inlay.anatomy import anatomy as anatomy
     from inlay.anatomy.base import Anatomy as Anatomy
     from inlay.anatomy.base import Site as Site
+    from inlay.methods.base import Delta as Delta
+    from inlay.methods.base import ExtraKV as ExtraKV
+    from inlay.methods.base import HeadDelta as HeadDelta
+    from inlay.methods.base import Method as Method
+    from inlay.methods.base import Mix as Mix
+    from inlay.methods.base import Replacement as Replacement
+    from inlay.methods.base import VirtualTokens as VirtualTokens
+    from inlay.methods.base import citation as citation
+    from inlay.methods.bitfit import BitFit as BitFit
+    from inlay.methods.bottleneck import Bottleneck as Bottleneck
+    from inlay.methods.full import Full as Full
+    from inlay.methods.full import HeadOnly as HeadOnly
+    from inlay.methods.lora import LoRA as LoRA
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
+    from inlay.state import adapters as adapters
+    from inlay.state import use as use
 
 # Public name -> the module that defines it. Where the name is that of the module, the module itself is meant.
 # A new name needs a line here, one above for type checkers, and one in tests/contracts/test_public_api.py.
 _HOME = {
+    "Adapter": "inlay.adapter",
     "Anatomy": "inlay.anatomy.base",
+    "BitFit": "inlay.methods.bitfit",
+    "Bottleneck": "inlay.methods.bottleneck",
+    "Delta": "inlay.methods.base",
+    "ExtraKV": "inlay.methods.base",
     "FP4": "inlay.quant",
+    "Full": "inlay.methods.full",
+    "HeadDelta": "inlay.methods.base",
+    "HeadOnly": "inlay.methods.full",
+    "LoRA": "inlay.methods.lora",
+    "Method": "inlay.methods.base",
+    "Mix": "inlay.methods.base",
     "NF4": "inlay.quant",
+    "Replacement": "inlay.methods.base",
     "Site": "inlay.anatomy.base",
+    "VirtualTokens": "inlay.methods.base",
+    "adapters": "inlay.state",
     "anatomy": "inlay.anatomy",
+    "attach": "inlay.adapter",
+    "citation": "inlay.methods.base",
+    "detach": "inlay.adapter",
     "errors": "inlay.errors",
+    "load": "inlay.adapter",
+    "use": "inlay.state",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -12,13 +12,32 @@ import pytest
 import inlay
 
 PUBLIC = [
+    "Adapter",
     "Anatomy",
+    "BitFit",
+    "Bottleneck",
+    "Delta",
+    "ExtraKV",
     "FP4",
+    "Full",
+    "HeadDelta",
+    "HeadOnly",
+    "LoRA",
+    "Method",
+    "Mix",
     "NF4",
+    "Replacement",
     "Site",
+    "VirtualTokens",
     "__version__",
+    "adapters",
     "anatomy",
+    "attach",
+    "citation",
+    "detach",
     "errors",
+    "load",
+    "use",
 ]
 
 

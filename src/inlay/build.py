@@ -1,0 +1,72 @@
+"""From a method and an anatomy to the pieces of one adapter, before anything in the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from inlay.anatomy import Anatomy, Site
+from inlay.anatomy.probe import modules_of
+from inlay.methods.base import Frozen, Method, Piece
+from inlay.methods.full import Copy
+
+HEAD = "head"
+
+Built = list[tuple[str, Piece, Site]]
+
+
+def heads(found: Anatomy, head: Literal["auto"] | str | Sequence[str] | None) -> list[Site]:
+    """The leaves of the task head that the adapter keeps a trained copy of."""
+    if head is None or (head == "auto" and not found.new_head):
+        return []
+    if head == "auto":
+        return found.select("head")
+    wanted = [head] if isinstance(head, str) else list(head)
+    inside = [p for p in found.leaves for h in wanted if p.startswith(h + ".")]
+    direct = [h for h in wanted if not any(p.startswith(h + ".") for p in found.leaves)]
+    return found.select([*dict.fromkeys(inside), *direct]) if inside or direct else []
+
+
+def build(model: nn.Module, method: Method, found: Anatomy, at_heads: list[Site]) -> Built:
+    """All pieces, before anything in the model is touched: a refusal here leaves no trace."""
+    modules, memo = dict(modules_of(model)), dict[int, Any]()
+    tags: dict[str, int] = {}
+    built: Built = []
+    replaced: set[str] = set()
+    for part in method.parts:
+        tags[part.tag] = tags.get(part.tag, 0) + 1
+        tag = part.tag if tags[part.tag] == 1 else f"{part.tag}_{tags[part.tag]}"
+        sites = part.select(found)
+        shared = part.shared(sites)
+        pieces: list[tuple[Site, Piece]] = []
+        for site in sites:
+            frozen = Frozen(modules[site.leave], memo, site.leave)
+            with torch.device(frozen.device):
+                piece = part.build(site, frozen, shared)
+            pieces.append((site, piece))
+            built.append((_key(tag, site), piece, site))
+            if isinstance(piece, Copy):
+                replaced.add(site.leave)
+        part.finish(pieces)
+    for site in at_heads:
+        if site.leave not in replaced:
+            built.append((HEAD, Copy(Frozen(modules[site.leave], memo, site.leave)), site))
+    return _distinct(built)
+
+
+def _key(tag: str, site: Site) -> str:
+    key = tag if not site.fused else f"{tag}_{site.name.rsplit('.', 1)[-1]}"
+    return key if site.tap != "input" else f"{key}_in"
+
+
+def _distinct(built: Built) -> Built:
+    """Two pieces of one adapter at one module get different keys, in a stable order."""
+    seen: dict[tuple[str, str], int] = {}
+    out: Built = []
+    for key, piece, site in built:
+        n = seen[site.leave, key] = seen.get((site.leave, key), 0) + 1
+        out.append((key if n == 1 else f"{key}_{n}", piece, site))
+    return out

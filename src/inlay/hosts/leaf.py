@@ -1,0 +1,206 @@
+"""The host on a module with one tensor in and one tensor out: projections, norms, embeddings, dropouts, expert blocks.
+
+What it does, in this order, for the rows of each group: remember x for the spans that begin here; add the deltas that
+act on what enters; call the frozen module, or its replacement; run it again for deltas that go through it; add the
+deltas that act on what leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.anatomy.base import Columns
+from inlay.errors import AdapterError
+from inlay.hosts.base import Host, Hosted, Placed, Span
+from inlay.methods.base import Delta, Replacement
+from inlay.route import Group, Rows, join
+
+
+@dataclass(eq=False)
+class Act:
+    """One delta at work: where its x comes from and which features it writes."""
+
+    delta: Delta
+    span: Span | None
+    columns: Columns | None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with Δ added, in the dtype of y."""
+        if self.columns is None:
+            out = self.delta.add(x, y)
+        else:
+            part = take_columns(y, self.columns)
+            out = add_columns(y, self.delta(x, part), self.columns)
+        return out if out.dtype == y.dtype else out.to(y.dtype)
+
+
+@dataclass(eq=False)
+class Acts:
+    """Everything one group of rows needs at one module."""
+
+    rows: Rows
+    entering: tuple[Act, ...] = ()
+    replacement: Replacement | None = None
+    through: tuple[Act, ...] = ()
+    leaving: tuple[Act, ...] = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether these rows get the frozen module's output as it is."""
+        return not (self.entering or self.replacement or self.through or self.leaving)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What a hosted leaf does under the present route."""
+
+    opens: tuple[Span, ...]
+    groups: tuple[Acts, ...]
+    joins: tuple[Group, ...]
+
+
+def take_columns(y: Tensor, columns: Columns) -> Tensor:
+    """The features of y in these ranges."""
+    if len(columns) == 1:
+        (lo, hi), = columns  # fmt: skip
+        return y[..., lo:hi]
+    return torch.cat([y[..., lo:hi] for lo, hi in columns], dim=-1)
+
+
+def add_columns(y: Tensor, delta: Tensor, columns: Columns) -> Tensor:
+    """y with delta added to the features in these ranges; the others keep their bits."""
+    if len(columns) == 1:
+        (lo, hi), = columns  # fmt: skip
+        return y + F.pad(delta, (lo, y.shape[-1] - hi))
+    index = torch.cat([torch.arange(lo, hi, device=y.device) for lo, hi in columns])
+    return y.index_add(-1, index, delta.to(y.dtype))
+
+
+class LeafHost(Host):
+    """Serves `Delta` and `Replacement` pieces."""
+
+    @classmethod
+    def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
+        """The acts of each group at this module, in the order in which the adapters are named."""
+        active = {name for g in groups for name in g.names}
+        opens = tuple(s for name, spans in state.opens.items() if name in active for s in spans)
+        acts = tuple(_acts(state, g) for g in groups)
+        if not opens and all(a.idle for a in acts):
+            return None
+        if any(len(a.entering) + len(a.leaving) + len(a.through) and a.rows.index is not None for a in acts):
+            _refuse_routed(state, acts)
+        return Plan(opens, acts, groups)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The frozen module's result with the active pieces applied."""
+        plan = self._inlay.plan
+        if plan is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _run(plan, super().forward, args, kwargs)  # type: ignore[misc]
+
+
+def _acts(state: Hosted, group: Group) -> Acts:
+    placed = [p for name in group.names for p in state.placed.get(name, ())]
+    deltas = {
+        tap: tuple(_act(p) for p in placed if isinstance(p.piece, Delta) and p.site.tap == tap)
+        for tap in ("input", "through", "output")
+    }
+    replacements = [p.piece for p in placed if isinstance(p.piece, Replacement)]
+    if len(replacements) > 1:
+        raise AdapterError(f"the adapters {group.names} each replace {state.path}; on the same rows only one can.")
+    replacement = replacements[0] if replacements else None
+    return Acts(group.rows, deltas["input"], replacement, deltas["through"], deltas["output"])
+
+
+def _act(placed: Placed) -> Act:
+    assert isinstance(placed.piece, Delta)
+    return Act(placed.piece, placed.span, placed.site.columns)
+
+
+def _refuse_routed(state: Hosted, acts: Sequence[Acts]) -> None:
+    for placed in (p for pieces in state.placed.values() for p in pieces):
+        if placed.site.rows != "first":
+            raise AdapterError(
+                f"{state.path} sees tokens without the row they belong to, so rows cannot differ in adapters there. "
+                "Use sites outside of the experts (for example 'attn.q', 'ffn')."
+            )
+
+
+def _run(plan: Plan, frozen: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        name, x, rest = None, args[0], args[1:]
+    else:
+        name, rest = next(iter(kwargs)), ()
+        x = kwargs[name]
+        kwargs = {k: v for k, v in kwargs.items() if k != name}
+
+    def base(value: Tensor) -> Any:
+        return frozen(value, *rest, **kwargs) if name is None else frozen(**{name: value}, **kwargs)
+
+    for span in plan.opens:
+        span.x = x
+    if len(plan.groups) == 1:
+        return _one(plan.groups[0], base, x)
+    return _many(plan, base, x)
+
+
+def _one(acts: Acts, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+    for act in acts.entering:
+        x = act(_source(act, x), x)
+    y, rest = _split(base(x) if acts.replacement is None else acts.replacement(x))
+    if acts.through:
+        moved = x
+        for act in acts.through:
+            moved = moved + act.delta(_source(act, x), y)
+        y, rest = _split(base(moved) if acts.replacement is None else acts.replacement(moved))
+    for act in acts.leaving:
+        y = act(_source(act, x), y)
+    return y if rest is None else (y, *rest)
+
+
+def _many(plan: Plan, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+    total = plan.joins[0].rows.total
+    if x.shape[0] == 1 and total > 1:
+        x = x.expand(total, *x.shape[1:])
+    sources = {id(a): a.span.take() for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
+
+    def source(act: Act, rows: Rows, own: Tensor) -> Tensor:
+        return rows.take(sources[id(act)]) if id(act) in sources else own
+
+    xs = [g.rows.take(x) for g in plan.groups]
+    for i, group in enumerate(plan.groups):
+        for act in group.entering:
+            xs[i] = act(source(act, group.rows, xs[i]), xs[i])
+    if any(g.entering for g in plan.groups):
+        x = join(plan.joins, xs)
+    y, rest = _split(base(x))
+    parts = [g.rows.take(y) for g in plan.groups]
+    for i, group in enumerate(plan.groups):
+        if group.replacement is not None:
+            parts[i] = group.replacement(xs[i])
+        if group.through:
+            moved = xs[i]
+            for act in group.through:
+                moved = moved + act.delta(source(act, group.rows, xs[i]), parts[i])
+            parts[i] = _split(base(moved) if group.replacement is None else group.replacement(moved))[0]
+        for act in group.leaving:
+            parts[i] = act(source(act, group.rows, xs[i]), parts[i])
+    y = join(plan.joins, parts)
+    return y if rest is None else (y, *rest)
+
+
+def _source(act: Act, x: Tensor) -> Tensor:
+    return x if act.span is None else act.span.take()
+
+
+def _split(y: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    return (y[0], tuple(y[1:])) if isinstance(y, tuple) else (y, None)
+
+
+__all__ = ["Act", "Acts", "LeafHost", "Plan", "add_columns", "take_columns"]

@@ -1,0 +1,266 @@
+"""The contracts between a method, the places it goes to, and the hosts that put it there.
+
+A `Method` is the frozen configuration that a user writes. For each `Site` it selects it builds one piece: an
+`nn.Module` that obeys one of five contracts. A method never sees the model, and a host never knows a method's name.
+
+Legend: B batch, T tokens, I / O features entering / leaving a site, H heads, P prefix length, D head size.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from inlay.anatomy.base import Anatomy, Site
+from inlay.errors import MergeError, MethodError
+
+
+class Piece(nn.Module):
+    """What all five contracts share: how a piece is stored.
+
+    Parameters are fp32 masters; a piece computes in the dtype of the activations it is given.
+    """
+
+    needs_frozen: ClassVar[bool] = False
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that an adapter folder keeps; by default the state dict."""
+        return dict(self.state_dict())
+
+    def load_stored(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `stored` gave."""
+        self.load_state_dict(tensors)
+
+    def stored_spec(self) -> dict[str, torch.Size]:
+        """Names and shapes that `load_stored` expects."""
+        return {name: tensor.shape for name, tensor in self.stored().items()}
+
+
+class Delta(Piece, abc.ABC):
+    """Δ(x, y): what is added to y_BTO, the output of a frozen span, given its input x_BTI.
+
+    Written for any leading dimensions ([B, T, I] or [B*T, I]), so token axis -2 and feature axis -1 only.
+    """
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Δ with the shape and dtype of y."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + Δ(x, y). A method may fuse the sum; the result must equal the plain form."""
+        return y + self(x, y)  # type: ignore[no-any-return]
+
+    def weight_delta(self) -> Tensor:
+        """ΔW of shape (out, in) where Δ is linear in x.
+
+        Raises:
+            MergeError: this piece is not linear in its input.
+        """
+        raise MergeError(
+            f"{type(self).__name__} is not linear in its input, so it cannot be folded into a weight. Keep it attached."
+        )
+
+    def bias_delta(self) -> Tensor | None:
+        """What is added to the bias of the module when this piece is merged, if anything."""
+        return None
+
+
+class Replacement(Piece, abc.ABC):
+    """Used instead of the frozen module: a task head, a trained norm, a module under full fine-tuning."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module returns for x."""
+
+
+class ExtraKV(Piece, abc.ABC):
+    """More keys and values for an attention module: prefix tuning and its relatives."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k_BHPD, v_BHPD (B may be 1 where the rows share them) for the attention input x_BTI."""
+
+
+class HeadDelta(Piece, abc.ABC):
+    """Added to the output of each attention head, given its query: the multi-head parallel adapter."""
+
+    @abc.abstractmethod
+    def forward(self, q: Tensor) -> Tensor:
+        """Δ_BHTD for the projected queries q_BHTD, before they are scaled."""
+
+
+class VirtualTokens(Piece, abc.ABC):
+    """Rows of a virtual vocabulary, served behind the real one: prompt tuning, P-tuning."""
+
+    length: int
+
+    @abc.abstractmethod
+    def forward(self) -> Tensor:
+        """e_PI, one embedding per virtual token."""
+
+
+class Frozen:
+    """A read-only view on the frozen module at a site, for methods that start from its weights."""
+
+    def __init__(self, module: nn.Module, memo: dict[int, Any], path: str = "") -> None:
+        self.path = path
+        self._module = module
+        self._memo = memo
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters are."""
+        tensor = next(iter(self._module.parameters()), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's bias, if it has one."""
+        bias = getattr(self._module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def type_name(self) -> str:
+        """The class name of the module."""
+        return type(self._module).__name__
+
+    def weight(self) -> Tensor:
+        """The dense weight as (out, in), dequantised where it is stored quantised."""
+        from inlay.quant.bridge import weight_of
+
+        return weight_of(self._module)
+
+    def copy(self) -> nn.Module:
+        """A trainable fp32 copy of the module. Tied parameters stay tied among the copies of one adapter."""
+        from inlay.hosts.base import pristine_copy
+
+        clone = pristine_copy(self._module, self._memo)
+        for parameter in clone.parameters():
+            if not parameter.is_floating_point():
+                raise MethodError(
+                    f"{self.path or type(self._module).__name__} is stored quantised ({parameter.dtype}), so it cannot "
+                    "be trained itself. Choose a method that adds to it (LoRA, Bottleneck, ...)."
+                )
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return clone
+
+
+class Method(BaseModel, abc.ABC):
+    """The frozen configuration of one method; `+` mixes methods into one adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    tag: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one is made of; itself unless it is a mix."""
+        return (self,)
+
+    def select(self, anatomy: Anatomy) -> list[Site]:
+        """The sites this method goes to in a model."""
+        raise NotImplementedError(f"{type(self).__name__} selects no sites")
+
+    def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> Piece:
+        """The piece for one site."""
+        raise NotImplementedError(f"{type(self).__name__} builds no pieces")
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        """A module that the pieces of all sites use together; kept by the first, borrowed by the others."""
+        del sites
+        return None
+
+    def finish(self, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        """Called once with all pieces of this part, for methods that must see them together."""
+        del pieces
+
+    def __add__(self, other: Method) -> Mix:
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Mix(methods=(*self.parts, *other.parts))
+
+    @classmethod
+    def spec_name(cls) -> str:
+        """The lower-case name used in files and on the command line."""
+        return cls.__name__.lower()
+
+    def spec(self) -> dict[str, Any]:
+        """The configuration as JSON-compatible values, with the method's name."""
+        return {"method": self.spec_name(), **self.model_dump(mode="json")}
+
+
+class Mix(Method):
+    """Several methods on one model as one adapter: `LoRA(...) + Prefix(...)`."""
+
+    methods: tuple[Any, ...]
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(part for method in self.methods for part in method.parts)
+
+    def spec(self) -> dict[str, Any]:
+        return {"method": "mix", "methods": [m.spec() for m in self.methods]}
+
+    def __repr__(self) -> str:
+        return " + ".join(repr(m) for m in self.methods)
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by their lower-case name, found by importing every file of this folder."""
+    import inlay.methods as package
+
+    found: dict[str, type[Method]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"inlay.methods.{info.name}")
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, Method) and cls.__module__ == module.__name__ and cls.citation:
+                found[cls.spec_name()] = cls
+    return dict(sorted(found.items()))
+
+
+def from_spec(spec: dict[str, Any]) -> Method:
+    """The method that `Method.spec` described.
+
+    Raises:
+        MethodError: the name is not a method, or its settings are not what that method takes.
+    """
+    from pydantic import ValidationError
+
+    from inlay.errors import nearest
+
+    settings = copy.deepcopy(spec)
+    name = str(settings.pop("method", ""))
+    if name == "mix":
+        return Mix(methods=tuple(from_spec(m) for m in settings.get("methods", ())))
+    known = methods()
+    if name not in known:
+        raise MethodError(f"method {name!r} is not known: {nearest(name, known)}")
+    try:
+        return known[name].model_validate(settings)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise MethodError(f"method {name!r} does not take these settings: {problems}") from error
+
+
+def citation(what: object) -> str:
+    """The BibTeX of everything that an adapter or a method uses, each entry once."""
+    method = what if isinstance(what, Method) else getattr(what, "method", None)
+    if not isinstance(method, Method):
+        raise MethodError(f"citation() takes a method or an adapter, not {type(what).__name__}.")
+    sources: Iterable[Method] = (method, *getattr(method, "methods", ()), *method.parts)
+    entries: dict[str, None] = {}
+    for source in sources:
+        if source.citation:
+            entries.setdefault(inspect.cleandoc(source.citation))
+    return "\n\n".join(entries)
