@@ -75,13 +75,10 @@ class Adapter:
         seen: set[int] = set()
         for key, piece in self.pieces.items():
             for name, tensor in piece.stored().items():
-                if id(tensor) in seen or (tensor.numel() and tensor.data_ptr() in seen and not tensor.is_meta):
-                    continue
-                seen |= {
-                    id(tensor),
-                    tensor.data_ptr() if not tensor.is_meta and tensor.numel() else id(tensor),
-                }
-                tensors[f"{key}.{name}"] = tensor
+                storage = tensor.data_ptr() if tensor.numel() and not tensor.is_meta else -id(tensor)
+                if storage not in seen:
+                    seen.add(storage)
+                    tensors[f"{key}.{name}"] = tensor
         return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -254,8 +251,8 @@ def _refuse_sharded(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ in ("FullyShardedDataParallel", "DistributedDataParallel"):
             raise AttachmentError(
-                f"{path or 'the model'} is wrapped in {type(module).__name__} already: its ranks would not share the adapter's "
-                "gradients. Attach first, then wrap."
+                f"{path or 'the model'} is wrapped in {type(module).__name__} already: its ranks would not share the "
+                "adapter's gradients. Attach first, then wrap."
             )
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
@@ -295,8 +292,8 @@ def _refuse_wrapped(state: State) -> None:
     for path, module in state.hosts.items():
         if not isinstance(module, Host):
             raise AttachmentError(
-                f"{path} is no longer the module that inlay adapted (its class is {type(module).__name__}). Undo what was done "
-                "to it after attaching, then detach."
+                f"{path} is no longer the module that inlay adapted (its class is {type(module).__name__}). Undo what "
+                "was done to it after attaching, then detach."
             )
 
 

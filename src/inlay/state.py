@@ -29,6 +29,7 @@ class State:
     frozen: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     groups: tuple[Group, ...] = field(default_factory=lambda: everyone(()))
     batch: int | None = None
+    fingerprint: dict[str, Any] | None = None
 
     def activate(self, groups: tuple[Group, ...], batch: int | None = None) -> None:
         """Makes these groups the route: every host plans once, no host decides anything during a forward pass.

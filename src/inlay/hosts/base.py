@@ -100,7 +100,7 @@ _classes: dict[tuple[type[Host], type[nn.Module]], type[nn.Module]] = {}
 
 
 def hosted_class(host: type[Host], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that hosts pieces; made once, named as `base` so that look-ups by class name still work."""
+    """The subclass of `base` that hosts pieces; made once, and named as `base` for look-ups by name."""
     key = host, base
     if key not in _classes:
         body = {"host": host, "base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
@@ -143,7 +143,7 @@ def release(module: nn.Module) -> None:
     cls = type(module)
     if _classes.get((cls.host, cls.base)) is not cls:
         raise AttachmentError(
-            f"{module._inlay.path} was changed again after an adapter was attached: its class is {cls.__name__}. Undo that "
+            f"{module._inlay.path} was changed again after an adapter was attached (class {cls.__name__}). Undo that "
             "first (parametrizations, fully_shard, another library's wrapper), then detach."
         )
     module.__class__ = cls.base

@@ -40,8 +40,8 @@ class BitFit(Method):
     r"""Bias-term fine-tuning: y = f(x) + b0 + b, and only b is trained (Ben Zaken et al. 2022, arXiv:2106.10199).
 
     The pretrained bias b0 stays frozen and b starts at zero: the same functions as training the bias itself, but
-    removable, mixable in a batch and mergeable. Weight decay, if any, therefore pulls towards the pretrained bias, where
-    the reference code pulls towards zero. Biases of LayerNorms count, as in the reference code.
+    removable, mixable in a batch and mergeable. Weight decay, if any, therefore pulls towards the pretrained bias,
+    where the reference code pulls towards zero. Biases of LayerNorms count, as in the reference code.
 
     Trained parameters on BERT: 11 d L + 2 d = 102,912 for base (0.09 %), 272,384 for large (0.08 %).
 

@@ -88,8 +88,8 @@ class Bottleneck(Method):
       sum, with the base's LayerNorms trained (Houlsby et al. 2019, arXiv:1902.00751). GELU, size 64, truncated normal
       initialisation of standard deviation 1e-2 (the paper; its code uses 1e-3). 2 M d + d + M parameters each.
     * `Bottleneck.pfeiffer()`: sequential, once a block, after the feed-forward span (Pfeiffer et al. 2021,
-      arXiv:2005.00247). In post-LN blocks the adapter reads LN(o + i) and the same frozen LN runs again over the result,
-      as in the reference code; in pre-LN blocks it reads the residual stream o + i.
+      arXiv:2005.00247). In post-LN blocks the adapter reads LN(o + i) and the same frozen LN runs again over the
+      result, as in the reference code; in pre-LN blocks it reads the residual stream o + i.
     * `Bottleneck.parallel()`: z = x, the input of the frozen span (He et al. 2022, arXiv:2110.04366), feed-forward or
       attention. `Bottleneck.scaled_parallel()` multiplies by s = 4, the paper's best; a learned s is `scale="learned"`.
 
@@ -111,15 +111,16 @@ class Bottleneck(Method):
     citation: ClassVar[str] = """
         @inproceedings{houlsby2019adapters,
           title={Parameter-Efficient Transfer Learning for NLP},
-          author={Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone, Bruna and de Laroussilhe, Quentin
-                  and Gesmundo, Andrea and Attariyan, Mona and Gelly, Sylvain},
+          author={Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone, Bruna and
+                  de Laroussilhe, Quentin and Gesmundo, Andrea and Attariyan, Mona and Gelly, Sylvain},
           booktitle={ICML},
           eprint={1902.00751},
           year={2019}
         }
         @inproceedings{pfeiffer2021adapterfusion,
           title={AdapterFusion: Non-Destructive Task Composition for Transfer Learning},
-          author={Pfeiffer, Jonas and Kamath, Aishwarya and R{\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun and Gurevych, Iryna},
+          author={Pfeiffer, Jonas and Kamath, Aishwarya and R{\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun and
+                  Gurevych, Iryna},
           booktitle={EACL},
           eprint={2005.00247},
           year={2021}
@@ -202,9 +203,7 @@ class Bottleneck(Method):
             return Copy(frozen)
         reads = "x+y" if site.name.endswith(".residual") and self.reads == "y" else self.reads
         if reads == "x+y" and site.in_features != site.out_features:
-            raise MethodError(
-                f"x + y needs equal widths; {site.name} enters with {site.in_features}, leaves with {site.out_features}."
-            )
+            raise MethodError(f"x + y needs equal widths; {site.name} has {site.in_features} and {site.out_features}.")
         return BottleneckDelta(site, self.model_copy(update={"reads": reads}))
 
 

@@ -91,8 +91,8 @@ class HeadOnly(Method):
     def select(self, anatomy: Anatomy) -> list[Site]:
         if not anatomy.head:
             raise MethodError(
-                f"HeadOnly needs a task head, and {anatomy.model} has none besides its output embedding. Use another method, or "
-                "name modules with Full(sites=[...])."
+                f"HeadOnly needs a task head, and {anatomy.model} has none besides its output embedding. Use another "
+                "method, or name modules with Full(sites=[...])."
             )
         return anatomy.select("head")
 

@@ -73,7 +73,7 @@ class LoRA(Method):
     (GPT-2's `c_attn`) gets a rank of its own.
 
     Attributes:
-        rank: R. A mapping gives other ranks to the sites its keys select, for example {"ffn": 4}: "default" is the rest.
+        rank: R. A mapping gives other ranks to the sites its keys select: {"ffn": 4, "default": 8}.
         alpha: the numerator of s; a mapping as for rank.
         dropout: probability of zeroing an input feature of A during training.
         rslora: scale by 1 / sqrt(rank) instead of 1 / rank; keeps the step size steady at high rank.
