@@ -1,7 +1,7 @@
 """The run configuration: every key that `inlay train` knows, its type, its default and what it means.
 
-Keys are those of `transformers.TrainingArguments` where it has one. `config_loading.py` reads them from a YAML file, from
-`key=value` words and from flags. Nothing here imports torch or transformers: a wrong key is told in milliseconds.
+Keys are those of `transformers.TrainingArguments` where it has one. `config_loading.py` reads them from a YAML file,
+from `key=value` words and from flags. Nothing here imports torch or transformers: a wrong key is told at once.
 """
 
 from __future__ import annotations
@@ -12,123 +12,214 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 Task = Literal[
-    "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "seq2seq"
+    "sequence-classification",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "causal-lm",
+    "seq2seq",
 ]
 Scheduler = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts", "inverse_sqrt",
-    "cosine_with_min_lr", "warmup_stable_decay",
-]  # fmt: skip
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"
-]  # fmt: skip
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "adafactor",
+    "sgd",
+]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 MethodSetting = str | dict[str, Any] | list[str | dict[str, Any]]
 
-# Names of other tools. They are never accepted, only offered as "did you mean".
-ALIASES = {
-    "base_model": "model", "model_name": "model", "model_name_or_path": "model", "pretrained_model": "model",
-    "dataset": "data", "datasets": "data", "train_data": "data", "train_file": "data", "data_path": "data",
-    "eval_dataset": "eval_data", "val_data": "eval_data", "validation_file": "eval_data", "test_file": "eval_data",
-    "val_size": "eval_fraction", "val_set_size": "eval_fraction", "val_split_fraction": "eval_fraction",
-    "adapter": "method", "peft": "method", "peft_type": "method", "finetuning_type": "method",
-    "r": "method.rank", "rank": "method.rank", "lora_r": "method.rank", "lora_rank": "method.rank",
-    "lora_alpha": "method.alpha", "alpha": "method.alpha", "lora_dropout": "method.dropout",
-    "target_modules": "method.sites", "lora_target": "method.sites", "lora_target_modules": "method.sites", "sites": "method.sites",
-    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "n_epochs": "num_train_epochs",
-    "steps": "max_steps", "num_steps": "max_steps", "max_iters": "max_steps", "num_train_steps": "max_steps",
-    "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
-    "grad_accum": "gradient_accumulation_steps", "gradient_accumulation": "gradient_accumulation_steps",
-    "cutoff_len": "max_length", "max_seq_length": "max_length", "max_seq_len": "max_length", "sequence_len": "max_length",
-    "seq_length": "max_length", "block_size": "max_length", "max_source_length": "max_length",
-    "scheduler": "lr_scheduler_type", "lr_scheduler": "lr_scheduler_type", "schedule": "lr_scheduler_type",
-    "warmup": "warmup_ratio", "optimizer": "optim", "clip": "max_grad_norm", "gradient_clipping": "max_grad_norm",
-    "label_smoothing": "label_smoothing_factor", "early_stopping": "early_stopping_patience",
-    "patience": "early_stopping_patience", "resume_from_checkpoint": "resume", "out_dir": "output_dir", "output": "output_dir",
-    "load_in_4bit": "quantization", "quantize": "quantization", "sample_packing": "packing", "neat_packing": "packing",
-    "wandb": "report_to", "logger": "report_to", "precision": "bf16", "mixed_precision": "bf16", "fp32": "bf16",
-    "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "save_strategy": "save_steps",
-    "grad_checkpointing": "gradient_checkpointing", "activation_checkpointing": "gradient_checkpointing",
-}  # fmt: skip
+_OTHER_NAMES = {
+    "model": "base_model model_name model_name_or_path pretrained_model",
+    "data": "dataset datasets train_data train_file data_path",
+    "eval_data": "eval_dataset val_data validation_file test_file",
+    "eval_fraction": "val_size val_set_size val_split_fraction test_size",
+    "method": "adapter peft peft_type finetuning_type",
+    "method.rank": "r rank lora_r lora_rank",
+    "method.alpha": "alpha lora_alpha",
+    "method.dropout": "lora_dropout",
+    "method.sites": "sites target_modules lora_target lora_target_modules",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs num_epochs n_epochs",
+    "max_steps": "steps num_steps max_iters num_train_steps",
+    "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "grad_accum gradient_accumulation",
+    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len seq_length block_size max_source_length",
+    "lr_scheduler_type": "scheduler lr_scheduler schedule",
+    "warmup_ratio": "warmup",
+    "optim": "optimizer",
+    "max_grad_norm": "clip gradient_clipping",
+    "label_smoothing_factor": "label_smoothing",
+    "early_stopping_patience": "early_stopping patience early_stop_interval",
+    "resume": "resume_from_checkpoint auto_resume",
+    "output_dir": "out_dir output",
+    "quantization": "load_in_4bit quantize",
+    "packing": "sample_packing neat_packing",
+    "report_to": "wandb logger",
+    "bf16": "precision mixed_precision fp32",
+    "eval_steps": "eval_strategy evaluation_strategy",
+    "save_steps": "save_strategy",
+    "gradient_checkpointing": "grad_checkpointing activation_checkpointing",
+}
+ALIASES = {other: key for key, others in _OTHER_NAMES.items() for other in others.split()}
+"""What other tools call a key. Never accepted, only offered as "did you mean"."""
 
 
 class RunConfig(BaseModel):
-    """Everything that decides a run. Unknown keys and wrong types are errors; `None` means "the default for this run"."""
+    """Everything that decides a run. Unknown keys and wrong types are errors; `None` is "the default for this run"."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
-    model: str = Field(description="folder or hub name of the pretrained model")
-    data: str | list[str] = Field(description="training data: a file, a folder, a hub name `org/name:subset`, `file#500` for a sample")
-    eval_data: str | list[str] | dict[str, str] | None = Field(None, description="held-out data; without it `eval_fraction` of the data is held out")
-    eval_fraction: float = Field(0.1, ge=0, lt=1, description="part of the data held out when there is no `eval_data`; 0 holds out nothing")
-    columns: dict[str, str] = Field(default_factory=dict, description="role=column, where the columns have other names")
-    task: Task | None = Field(None, description="what to learn; found from the data and the model when absent")
-    max_length: int | None = Field(None, ge=2, description="tokens per row; longer rows are cut and counted")
-    packing: bool = Field(False, description="several rows in one sequence, without attention between them (causal-lm)")
-    group_by_length: bool = Field(True, description="rows of similar length share a batch")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or write it aside and count it")
-    method: MethodSetting = Field("lora", description="what is trained: a method's name, or a mapping `name:` and its settings")
+    model: str
+    """folder or hub name of the pretrained model"""
+    data: str | list[str]
+    """training data: a file, a folder, a hub name `org/name:subset`, `file#500` for a sample"""
+    eval_data: str | list[str] | dict[str, str] | None = None
+    """held-out data; without it `eval_fraction` of the data is held out"""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """part of the data held out when there is no `eval_data`; 0 holds out nothing"""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """role=column, where the columns have other names"""
+    task: Task | None = None
+    """what to learn; found from the data and the model when absent"""
+    max_length: int | None = Field(None, ge=2)
+    """tokens per row; longer rows are cut and counted"""
+    packing: bool = False
+    """several rows in one sequence, without attention between them (causal-lm)"""
+    group_by_length: bool = True
+    """rows of similar length share a batch"""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """stop at a bad row, or write it aside and count it"""
+    method: MethodSetting = "lora"
+    """what is trained: a method's name, or a mapping `name:` and its settings"""
 
-    output_dir: str | None = Field(None, description="the run folder; `runs/<model>-<data>-<method>` when absent")
-    resume: bool | str = Field(False, description="continue from the newest complete checkpoint of the run folder, or from one named")
-    allow_changed: bool = Field(False, description="resume although base, tokenizer, data, seed, method or batches changed; recorded in the run")
+    output_dir: str | None = None
+    """the run folder; `runs/<model>-<data>-<method>` when absent"""
+    resume: bool | str = False
+    """continue from the newest complete checkpoint of the run folder, or from one named"""
+    allow_changed: bool = False
+    """resume although base, tokenizer, data, seed, method or batches changed; recorded in the run"""
 
-    revision: str | None = Field(None, description="branch, tag or commit of the model on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="how the frozen weights are kept; auto: as stored")
-    attn_implementation: str | None = Field(None, description="attention function of transformers (sdpa, eager, flash_attention_2, ...)")
-    quantization: Literal["nf4", "fp4"] | None = Field(None, description="keep the frozen weights in 4 bits (QLoRA)")
-    double_quant: bool | None = Field(None, description="with quantization: the scales are quantised too; on when absent")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless asked for")
+    revision: str | None = None
+    """branch, tag or commit of the model on the hub"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """how the frozen weights are kept; auto: as stored"""
+    attn_implementation: str | None = None
+    """attention function of transformers (sdpa, eager, flash_attention_2, ...)"""
+    quantization: Literal["nf4", "fp4"] | None = None
+    """keep the frozen weights in 4 bits (QLoRA)"""
+    double_quant: bool | None = None
+    """with quantization: the scales are quantised too; on when absent"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless asked for"""
 
-    learning_rate: float | None = Field(None, gt=0, description="peak learning rate; each method has its own default")
-    num_train_epochs: float = Field(3.0, gt=0, description="passes over the data")
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps; above 0 it takes the place of num_train_epochs")
-    per_device_train_batch_size: int | None = Field(None, ge=1, description="rows per forward pass; each method has its own default")
-    per_device_eval_batch_size: int = Field(64, ge=1, description="rows per forward pass in evaluation")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimizer step, weighted by tokens")
-    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="part of the steps over which the learning rate rises")
-    warmup_steps: int | None = Field(None, ge=0, description="the same as a number of steps")
-    lr_scheduler_type: Scheduler | None = Field(None, description="how the learning rate falls")
-    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict, description="further settings of the schedule")
-    weight_decay: float | None = Field(None, ge=0, description="decay of matrices; vectors and biases are not decayed")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0 leaves them")
-    optim: Optimizer = Field("adamw_torch_fused", description="the optimizer")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    loraplus_lr_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of B over that of A (arXiv:2402.12354 uses 16)")
-    label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
-    bf16: bool | None = Field(None, description="bf16 autocast; measured at the start of the run when absent")
-    fp16: bool = Field(False, description="fp16 autocast with loss scaling, for GPUs without bf16")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    torch_compile: bool = Field(False, description="compile the model first")
-    seed: int = Field(42, ge=0, lt=2**32, description="seed of the new weights, the order of the data, dropout and the split")
+    learning_rate: float | None = Field(None, gt=0)
+    """peak learning rate; each method has its own default"""
+    num_train_epochs: float = Field(3.0, gt=0)
+    """passes over the data"""
+    max_steps: int = Field(-1, ge=-1)
+    """optimizer steps; above 0 it takes the place of num_train_epochs"""
+    per_device_train_batch_size: int | None = Field(None, ge=1)
+    """rows per forward pass; each method has its own default"""
+    per_device_eval_batch_size: int = Field(64, ge=1)
+    """rows per forward pass in evaluation"""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """forward passes per optimizer step, weighted by tokens"""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """part of the steps over which the learning rate rises"""
+    warmup_steps: int | None = Field(None, ge=0)
+    """the same as a number of steps"""
+    lr_scheduler_type: Scheduler | None = None
+    """how the learning rate falls"""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """further settings of the schedule"""
+    weight_decay: float | None = Field(None, ge=0)
+    """decay of matrices; vectors and biases are not decayed"""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """gradients are scaled down to this norm; 0 leaves them"""
+    optim: Optimizer = "adamw_torch_fused"
+    """the optimizer"""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's beta 1"""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's beta 2"""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon"""
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """LoRA+: learning rate of B over that of A (arXiv:2402.12354 uses 16)"""
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """probability mass spread over all classes"""
+    bf16: bool | None = None
+    """bf16 autocast; measured at the start of the run when absent"""
+    fp16: bool = False
+    """fp16 autocast with loss scaling, for GPUs without bf16"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
+    torch_compile: bool = False
+    """compile the model first"""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """seed of the new weights, the order of the data, dropout and the split"""
 
-    logging_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl; about 100 lines a run when absent")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; five a run when absent")
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; as eval_steps when absent")
-    save_total_limit: int = Field(2, ge=1, description="how many checkpoints are kept")
-    metric_for_best_model: str | None = Field(None, description="metric that decides which adapter is best; that of the task when absent")
-    greater_is_better: bool | None = Field(None, description="direction of that metric; known for all built-in ones")
-    load_best_model_at_end: bool = Field(True, description="the run's adapter is the best one, not the last")
-    early_stopping_patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better metric")
-    early_stopping_threshold: float = Field(0.0, ge=0, description="what counts as better")
-    baseline: bool = Field(True, description="at the end, train the task head alone for the same steps (at most 500) and compare")
+    logging_steps: int | None = Field(None, ge=1)
+    """steps between lines of metrics.jsonl; about 100 lines a run when absent"""
+    eval_steps: int | None = Field(None, ge=1)
+    """steps between evaluations; five a run when absent"""
+    save_steps: int | None = Field(None, ge=1)
+    """steps between checkpoints; as eval_steps when absent"""
+    save_total_limit: int = Field(2, ge=1)
+    """how many checkpoints are kept"""
+    metric_for_best_model: str | None = None
+    """metric that decides which adapter is best; that of the task when absent"""
+    greater_is_better: bool | None = None
+    """direction of that metric; known for all built-in ones"""
+    load_best_model_at_end: bool = True
+    """the run's adapter is the best one, not the last"""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """stop after this many evaluations without a better metric"""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """what counts as better"""
+    baseline: bool = True
+    """at the end, train the task head alone for the same steps (at most 500) and compare"""
 
-    eval_samples: int = Field(3, ge=0, description="texts generated from held-out rows at each evaluation (generation tasks)")
-    generation_metrics: bool = Field(True, description="at the end, generate for `generation_eval_rows` rows; exact match, BLEU, ROUGE")
-    generation_eval_rows: int = Field(64, ge=1, description="how many held-out rows that is")
-    generation_max_new_tokens: int = Field(64, ge=1, description="longest generated text, in tokens")
-    generation_num_beams: int = Field(1, ge=1, description="beams; 1 is greedy")
-    report_to: list[Tracker] = Field(default_factory=list, description="trackers besides metrics.jsonl; nothing leaves the machine by default")
-    use_cpu: bool = Field(False, description="stay on the CPU although there is an accelerator")
+    eval_samples: int = Field(3, ge=0)
+    """texts generated from held-out rows at each evaluation (generation tasks)"""
+    generation_metrics: bool = True
+    """at the end, generate for `generation_eval_rows` rows; exact match, BLEU, ROUGE"""
+    generation_eval_rows: int = Field(64, ge=1)
+    """how many held-out rows that is"""
+    generation_max_new_tokens: int = Field(64, ge=1)
+    """longest generated text, in tokens"""
+    generation_num_beams: int = Field(1, ge=1)
+    """beams; 1 is greedy"""
+    report_to: list[Tracker] = Field(default_factory=list)
+    """trackers besides metrics.jsonl; nothing leaves the machine by default"""
+    use_cpu: bool = False
+    """stay on the CPU although there is an accelerator"""
 
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Pairs (key, what is wrong) for keys that are right alone and cannot stand together. Absent keys have their defaults."""
+    """Pairs (key, what is wrong) for keys that are right alone and cannot stand together."""
 
     def get(key: str) -> Any:
-        return values.get(key, RunConfig.model_fields[key].get_default(call_default_factory=True, validated_data={}))
+        return values.get(
+            key, RunConfig.model_fields[key].get_default(call_default_factory=True, validated_data={})
+        )
 
     held_out = bool(get("eval_data")) or get("eval_fraction") > 0
     if get("warmup_ratio") is not None and get("warmup_steps") is not None:
@@ -155,8 +246,14 @@ def key_table() -> list[tuple[str, str, str, str]]:
     """Rows (key, type, default, meaning) of every key, in order."""
     rows = []
     for key, field in RunConfig.model_fields.items():
-        default = "" if field.is_required() else repr(field.get_default(call_default_factory=True, validated_data={}))
-        rows.append((key, type_name(field.annotation), "" if default == "None" else default, field.description or ""))
+        default = (
+            ""
+            if field.is_required()
+            else repr(field.get_default(call_default_factory=True, validated_data={}))
+        )
+        rows.append(
+            (key, type_name(field.annotation), "" if default == "None" else default, field.description or "")
+        )
     return rows
 
 
@@ -172,7 +269,7 @@ def type_name(annotation: Any) -> str:
     if parts and all(isinstance(part, str) for part in parts):
         return "|".join(parts)
     if parts and getattr(annotation, "__origin__", None) in (list, dict):
-        return annotation.__origin__.__name__ + " of " + "=".join(filter(None, map(type_name, parts)))
+        return f"{annotation.__origin__.__name__} of " + "=".join(filter(None, map(type_name, parts)))
     if parts:
         return " or ".join(dict.fromkeys(filter(None, map(type_name, parts))))
-    return getattr(annotation, "__name__", str(annotation))
+    return "" if annotation is Any else str(getattr(annotation, "__name__", annotation))

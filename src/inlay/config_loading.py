@@ -43,7 +43,9 @@ class Source:
         self.values.update(_plain(loaded))
 
     def _note(self, node: Any, path: str, above: str) -> None:
-        entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        entries = (
+            node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        )
         for key, value in entries:
             line = node.lc.data[key][0] + 1 if key in (node.lc.data or {}) else 0
             dotted = f"{above}{key}"
@@ -175,7 +177,9 @@ def _complaints(
 
 
 def _union_label(part: Any) -> bool:
-    return isinstance(part, str) and bool(re.fullmatch(r"(str|int|float|bool|none)|(list|dict|constrained|function|literal).*\[.*", part))
+    return isinstance(part, str) and bool(
+        re.fullmatch(r"(str|int|float|bool|none)|(list|dict|constrained|function|literal).*\[.*", part)
+    )
 
 
 def suggestion(key: str, model: type[BaseModel] = RunConfig) -> str:
@@ -233,7 +237,9 @@ def build_method(setting: Any) -> Any:
         except ValueError as error:
             problems.append((above, str(error)))
     if problems or not built:
-        raise ConfigError("; ".join(f"{key}: {text}" for key, text in problems) or "method: an empty list", problems)
+        raise ConfigError(
+            "; ".join(f"{key}: {text}" for key, text in problems) or "method: an empty list", problems
+        )
     mix = built[0]
     for method in built[1:]:
         mix = mix + method

@@ -1,13 +1,14 @@
 """Checkpoints: everything that decides the next step, in safetensors and JSON, never pickled.
 
-    checkpoint-120/
-      adapter/                 the adapter as `Adapter.save` writes it
-      best/                    the best adapter so far, when one was measured
-      optimizer.safetensors    moments, by parameter
-      random.safetensors       states of the random generators
-      state.json               step, position in the data, schedule, running sums, identity of the run
-      metrics.jsonl            the log up to this step
-      manifest.json            sizes and hashes; written last
+checkpoint-120/
+  adapter/                 the adapter as `Adapter.save` writes it, to use
+  adapter.safetensors      the adapter as it is trained, reparametrisations included, to go on
+  best/                    the best adapter so far, when one was measured
+  optimizer.safetensors    moments, by parameter
+  random.safetensors       states of the random generators
+  state.json               step, position in the data, schedule, running sums, identity of the run
+  metrics.jsonl            the log up to this step
+  manifest.json            sizes and hashes; written last
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ FORMAT = 1
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run stands. Saved in every checkpoint; equal values mean equal futures."""
 
     step: int = 0
@@ -52,11 +54,11 @@ class Progress:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Progress:
+    def read(cls, values: Mapping[str, Any]) -> RunState:
         """From JSON; a field too many or too few is an error."""
         known = {f.name for f in fields(cls)}
         if set(values) != known:
-            raise CheckpointError(f"state.json: progress has the fields {sorted(values)}, expected {sorted(known)}")
+            raise CheckpointError(f"state.json has the fields {sorted(values)}, expected {sorted(known)}")
         return cls(**values)
 
 
@@ -98,39 +100,38 @@ def prune(run: Path, keep: int) -> None:
 
 def write(
     run: Path,
-    progress: Progress,
+    state: RunState,
     *,
-    save_adapter: Callable[[Path], None],
+    adapter: Any,
     optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
     identity: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `progress.step`, then remove the oldest ones. A failure leaves the earlier ones whole."""
-    target = path_of(run, progress.step)
+    """Write the checkpoint of `state.step`, then remove the oldest ones. A failure leaves the earlier ones whole."""
 
     def fill(folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_adapter(folder / "adapter")
+        adapter.save(folder / "adapter")
+        save_tensors(adapter.state_dict(), folder / "adapter.safetensors")
         if (run / "best").is_dir():
             shutil.copytree(run / "best", folder / "best")
-        tensors, plain = pack_optimizer(optimizer)
-        save_file(tensors, folder / "optimizer.safetensors")
+        moments, plain = pack_optimizer(optimizer)
+        save_tensors(moments, folder / "optimizer.safetensors")
         generators, python = random_state()
-        save_file(generators, folder / "random.safetensors")
+        save_tensors(generators, folder / "random.safetensors")
         document = {
             "format": FORMAT,
-            "progress": asdict(progress),
+            "run": asdict(state),
             "optimizer": plain,
             "random": python,
             "identity": dict(identity),
-            **state,
+            **extra,
         }
         (folder / "state.json").write_text(json.dumps(document), encoding="utf-8")
         log = run / "metrics.jsonl"
         (folder / "metrics.jsonl").write_bytes(log.read_bytes() if log.exists() else b"")
 
+    target = path_of(run, state.step)
     folders.write_folder(target, fill)
     prune(run, keep)
     return target
@@ -140,36 +141,47 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checked `state.json` of a checkpoint."""
     state = folders.read_json(checkpoint / "state.json")
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint}: state.json has format {state.get('format')!r}, this version reads {FORMAT}")
-    wrong = [k for k in ("progress", "optimizer", "random", "identity") if not isinstance(state.get(k), dict)]
+        raise CheckpointError(
+            f"{checkpoint}: state.json has format {state.get('format')!r}, this version reads {FORMAT}"
+        )
+    wrong = [k for k in ("run", "optimizer", "random", "identity") if not isinstance(state.get(k), dict)]
     if wrong:
         raise CheckpointError(f"{checkpoint}: state.json lacks {', '.join(wrong)}")
-    Progress.read(state["progress"])
+    RunState.read(state["run"])
     return state
 
 
-def restore(
-    checkpoint: Path,
-    *,
-    load_adapter: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[Progress, dict[str, Any]]:
-    """Put a checkpoint's adapter, optimizer and random generators back; returns its progress and whole state."""
-    state = read_state(checkpoint)
-    load_adapter(checkpoint / "adapter")
-    unpack_optimizer(optimizer, read_tensors(checkpoint / "optimizer.safetensors"), state["optimizer"])
-    set_random_state(read_tensors(checkpoint / "random.safetensors"), state["random"])
-    return Progress.read(state["progress"]), state
+def restore(folder: Path, *, adapter: Any, optimizer: torch.optim.Optimizer) -> tuple[RunState, dict[str, Any]]:
+    """Put a checkpoint's adapter, optimizer and random generators back; returns where the run stands and the whole state.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or was made by another adapter.
+    """
+    document = read_state(folder)
+    adapter.load_state_dict(read_tensors(folder / "adapter.safetensors"))
+    unpack_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"), document["optimizer"])
+    set_random_state(read_tensors(folder / "random.safetensors"), document["random"])
+    return RunState.read(document["run"]), document
 
 
-def restore_run_files(checkpoint: Path, run: Path) -> None:
+def restore_run_files(folder: Path, run: Path) -> None:
     """Set the log and the best adapter of a run back to what they were at a checkpoint."""
-    folders.replace_text(run / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text(encoding="utf-8"))
-    folders.remove(run / "best")
-    if (checkpoint / "best").is_dir():
-        folders.write_folder(
-            run / "best", lambda folder: shutil.copytree(checkpoint / "best", folder, dirs_exist_ok=True) and None
-        )
+    folders.replace_text(run / "metrics.jsonl", (folder / "metrics.jsonl").read_text(encoding="utf-8"))
+    if (folder / "best").is_dir():
+        folders.write_folder(run / "best", partial(_copy, folder / "best"), manifest=False)
+    else:
+        folders.remove(run / "best")
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors from any device; tied ones are written each."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -195,7 +207,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
     for index, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{index}.{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
     document = {"plain": plain, "groups": state["param_groups"]}

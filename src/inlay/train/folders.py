@@ -24,7 +24,7 @@ REPLACED = ".replaced"  # the former folder of the same name, for the moment bet
 MOST_JSON_BYTES = 256 * 2**20
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
     """Make `target` a folder with what `fill` writes into the empty folder it is given, atomically and durably."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f"{ASIDE}{target.name}")
@@ -32,7 +32,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         aside.mkdir()
         fill(aside)
-        _write_manifest(aside)
+        _sync_all(aside, manifest)
         _put_in_place(aside, target)
     except OSError:
         with contextlib.suppress(OSError):
@@ -40,13 +40,15 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _write_manifest(folder: Path) -> None:
+def _sync_all(folder: Path, manifest: bool) -> None:
+    """Wait until the disk has every file, then write the manifest, then wait for the folders' entries."""
     files = {}
     for path in _files(folder):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_synced(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
-    for inner in sorted({path.parent for path in _files(folder)}):
+    if manifest:
+        write_synced(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
+    for inner in sorted({path.parent for path in folder.rglob("*")}):
         sync(inner)
 
 
@@ -104,9 +106,8 @@ def remove(folder: Path) -> None:
 def clear_leftovers(parent: Path) -> None:
     """Remove what a killed process was writing or deleting; a replaced folder goes once its successor stands."""
     for path in parent.iterdir() if parent.is_dir() else ():
-        if path.name.startswith((ASIDE, TRASH)):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.endswith(REPLACED) and recover(path.with_name(path.name.removesuffix(REPLACED))) != path:
+        succeeded = path.name.endswith(REPLACED) and path.with_name(path.name.removesuffix(REPLACED)).exists()
+        if path.name.startswith((ASIDE, TRASH)) or succeeded:
             shutil.rmtree(path, ignore_errors=True)
 
 

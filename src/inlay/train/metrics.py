@@ -75,7 +75,10 @@ def regression(predicted: Sequence[float], gold: Sequence[float]) -> dict[str, f
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import mean_absolute_error, mean_squared_error
 
-    scores = {"mse": float(mean_squared_error(gold, predicted)), "mae": float(mean_absolute_error(gold, predicted))}
+    scores = {
+        "mse": float(mean_squared_error(gold, predicted)),
+        "mae": float(mean_absolute_error(gold, predicted)),
+    }
     varied = len(gold) > 1 and len(set(predicted)) > 1 and len(set(gold)) > 1
     for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr)):
         scores[name] = float(correlation(gold, predicted)[0]) if varied else 0.0
@@ -124,7 +127,10 @@ def tagging(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -
 
 def language_model(loss: float, right: int, targets: int) -> dict[str, float]:
     """Perplexity (infinite above e^700) and the part of target tokens that are the model's first choice."""
-    return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "token_accuracy": right / max(targets, 1)}
+    return {
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "token_accuracy": right / max(targets, 1),
+    }
 
 
 def normalized_answer(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Optimizers by name, parameter groups (decay, LoRA+) and learning rate schedules."""
+"""Optimizers by name, and parameter groups (decay, LoRA+)."""
 
 from __future__ import annotations
 
@@ -88,28 +88,8 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     )
 
 
-def warmup(config: RunConfig, total_steps: int) -> int:
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
     """Steps over which the learning rate rises."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return round((config.warmup_ratio or 0.0) * total_steps)
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of transformers that `config.lr_scheduler_type` names.
-
-    Raises:
-        ConfigError: settings that the schedule does not take.
-    """
-    from transformers import get_scheduler
-
-    name = config.lr_scheduler_type or "linear"
-    try:
-        schedule = get_scheduler(
-            name, optimizer, warmup(config, total_steps), total_steps, scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs)
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lr_scheduler_kwargs: {name} refuses {config.lr_scheduler_kwargs}: {error}") from None
-    return schedule  # type: ignore[no-any-return]

@@ -30,9 +30,7 @@ class Display:
         self.total = total_steps
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
-        self._bar = Progress(
-            BarColumn(bar_width=24), TextColumn("{task.description}"), console=console, transient=True
-        )
+        self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console, transient=True)
         self._task = self._bar.add_task("", total=total_steps)
 
     def __enter__(self) -> Display:
