@@ -73,6 +73,30 @@ class Delta(Piece, abc.ABC):
         """What is added to the bias of the module when this piece is merged, if anything."""
         return None
 
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The map y = W x + b with Δ in it: W of shape (out, in) and b of shape (out,), as the earlier pieces left them.
+
+        A piece whose Δ depends on y (a rescaling) overrides this instead of `weight_delta`.
+
+        Raises:
+            MergeError: this piece is not linear in its input.
+        """
+        delta, shift = self.weight_delta(), self.bias_delta()
+        weight = weight + delta.to(weight)
+        return weight, bias if shift is None else shift.to(weight) if bias is None else bias + shift.to(weight)
+
+    def fold_input(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same for a piece that acts on what enters the module: W (x + Δ(x)) + b.
+
+        Raises:
+            MergeError: this piece is not linear in its input.
+        """
+        delta, shift = self.weight_delta(), self.bias_delta()
+        if shift is not None:
+            moved = weight @ shift.to(weight)
+            bias = moved if bias is None else bias + moved
+        return weight + weight @ delta.to(weight), bias
+
 
 class Replacement(Piece, abc.ABC):
     """Used instead of the frozen module: a task head, a trained norm, a module under full fine-tuning."""

@@ -58,7 +58,7 @@ class EmbeddingLoRADelta(Delta):
         return self.scale * F.linear(rows.to(y.dtype), self.B.to(y.dtype))
 
     def weight_delta(self) -> Tensor:
-        return self.scale * (self.B @ self.A).mT
+        return self.scale * (self.B @ self.A)
 
 
 class LoRA(Method):
