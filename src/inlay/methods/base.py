@@ -28,9 +28,28 @@ class Piece(nn.Module):
     """What all five contracts share: how a piece is stored.
 
     Parameters are fp32 masters; a piece computes in the dtype of the activations it is given.
+
+    Attributes:
+        needs_frozen: Δ is relative to the frozen module's own output, so the host passes that as y even where another
+            adapter acted before. Other deltas see y as the adapters before them left it.
     """
 
     needs_frozen: ClassVar[bool] = False
+
+    def begin(self, total_steps: int) -> None:
+        """Called once before the first optimizer step of a run, and again when it is resumed.
+
+        For pieces with a schedule; a trainer calls it on every piece of the adapter, a bare loop need not where the
+        method was told its number of steps.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+        """
+        del total_steps
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates that the method fixes whatever that of the run, by parameter name. Most fix none."""
+        return {}
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that an adapter folder keeps; by default the state dict."""
@@ -74,7 +93,7 @@ class Delta(Piece, abc.ABC):
         return None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The map y = W x + b with Δ in it: W of shape (out, in) and b of shape (out,), as the earlier pieces left them.
+        """The map y = W x + b with Δ in it: W of shape (out, in) and b of shape (out,), as earlier pieces left them.
 
         A piece whose Δ depends on y (a rescaling) overrides this instead of `weight_delta`.
 
@@ -157,11 +176,28 @@ class Frozen:
         """The class name of the module."""
         return type(self._module).__name__
 
+    @property
+    def output_scale(self) -> float:
+        """What a scaled embedding multiplies its rows by; 1 everywhere else."""
+        scale = getattr(self._module, "scalar_embed_scale", getattr(self._module, "embed_scale", 1.0))
+        return float(scale)
+
+    @property
+    def version(self) -> tuple[object, ...]:
+        """Equal as long as the weight was neither replaced nor written to: the key of whatever is computed from it."""
+        weight = self._module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data_ptr(), weight._version, weight.device, weight.dtype
+
     def weight(self) -> Tensor:
         """The dense weight as (out, in), dequantised where it is stored quantised."""
         from inlay.quant.bridge import weight_of
 
         return weight_of(self._module)
+
+    def keep(self) -> Frozen:
+        """A view for a piece that needs the module for as long as it lives; copied and pickled with the model."""
+        return Frozen(self._module, {}, self.path)
 
     def copy(self) -> nn.Module:
         """A trainable fp32 copy of the module. Tied parameters stay tied among the copies of one adapter."""
