@@ -14,7 +14,7 @@ from inlay.anatomy.probe import modules_of
 from inlay.build import HEAD, Built, build, heads
 from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError, nearest
 from inlay.hosts import insert
-from inlay.hosts.base import Host, remove
+from inlay.hosts.base import Host, is_intact, remove
 from inlay.hosts.model import ModelHost, hosts_rows
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
@@ -290,7 +290,7 @@ def _pieces_of(module: nn.Module) -> Iterator[nn.Parameter]:
 def _refuse_wrapped(state: State) -> None:
     """Checked before anything is removed, so that a refusal changes nothing."""
     for path, module in state.hosts.items():
-        if not isinstance(module, Host):
+        if not is_intact(module):
             raise AttachmentError(
                 f"{path} is no longer the module that inlay adapted (its class is {type(module).__name__}). Undo what "
                 "was done to it after attaching, then detach."

@@ -110,7 +110,7 @@ def as_names(row: RowSpec, where: str) -> Names:
     """The adapter names of one row."""
     if row is None:
         return ()
-    names = (row,) if isinstance(row, str) else tuple(row)
+    names = (row,) if isinstance(row, str) or not isinstance(row, Sequence) else tuple(row)
     if not all(isinstance(n, str) for n in names):
         raise AdapterError(f"{where} must name an adapter, a tuple of adapters, or None, not {row!r}.")
     if len(set(names)) != len(names):

@@ -98,12 +98,13 @@ def _leaves(model: nn.Module, record: Trace) -> dict[str, Leaf]:
         else:
             sizes = call.x.shape[-1], call.y.shape[-1]
         second = call.x.ndim >= 3 and call.x.shape[1] == 1 and call.x.shape[0] > 1
+        rowless = leaf.kind == "embedding" and call.x.shape[0] != 1
         leaves[call.path] = dataclasses.replace(
             leaf,
             in_features=sizes[0],
             out_features=sizes[1],
             called=True,
-            rows="second" if second else leaf.rows,
+            rows="routed" if rowless else "second" if second else leaf.rows,
         )
     return leaves
 

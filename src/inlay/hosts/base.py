@@ -132,6 +132,12 @@ def adopt(module: nn.Module, host: type[Host], path: str) -> Hosted:
     return state
 
 
+def is_intact(module: nn.Module) -> bool:
+    """Whether a hosted module still has the class it was given, so that release gives back what was there before."""
+    cls = type(module)
+    return isinstance(module, Host) and _classes.get((cls.host, cls.base)) is cls  # type: ignore[attr-defined]
+
+
 def release(module: nn.Module) -> None:
     """Gives a module its own class back.
 
@@ -141,7 +147,7 @@ def release(module: nn.Module) -> None:
     if not isinstance(module, Host):
         return
     cls = type(module)
-    if _classes.get((cls.host, cls.base)) is not cls:
+    if not is_intact(module):
         raise AttachmentError(
             f"{module._inlay.path} was changed again after an adapter was attached (class {cls.__name__}). Undo that "
             "first (parametrizations, fully_shard, another library's wrapper), then detach."

@@ -7,7 +7,7 @@ deltas that act on what leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +93,8 @@ class LeafHost(Host):
         acts = tuple(_acts(state, g) for g in groups)
         if not opens and all(a.idle for a in acts):
             return None
-        if any(len(a.entering) + len(a.leaving) + len(a.through) and a.rows.index is not None for a in acts):
-            _refuse_routed(state, acts)
+        if len(groups) > 1:
+            _refuse_routed(state, active)
         return Plan(opens, acts, groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,12 +123,12 @@ def _act(placed: Placed) -> Act:
     return Act(placed.piece, placed.span, placed.site.columns)
 
 
-def _refuse_routed(state: Hosted, acts: Sequence[Acts]) -> None:
-    for placed in (p for pieces in state.placed.values() for p in pieces):
+def _refuse_routed(state: Hosted, active: set[str]) -> None:
+    for placed in (p for name, pieces in state.placed.items() if name in active for p in pieces):
         if placed.site.rows != "first":
             raise AdapterError(
                 f"{state.path} sees tokens without the row they belong to, so rows cannot differ in adapters there. "
-                "Use sites outside of the experts (for example 'attn.q', 'ffn')."
+                "Use sites that see whole rows (for example 'attn.q', 'ffn'), or one adapter for all rows."
             )
 
 
