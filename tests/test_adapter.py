@@ -178,7 +178,7 @@ def test_wrong_rows_are_refused_by_row():
     with pytest.raises(AdapterError, match=r"no adapter 'legall' .*row 1.*did you mean 'legal'"):
         inlay.use(model, ["legal", "legall"])
     with (
-        pytest.raises(AdapterError, match="use\\(\\) was given 2 rows, but this batch has 3"),
+        pytest.raises(AdapterError, match="use\\(\\) was given 2 rows, but the batch has 3"),
         inlay.use(model, [None, "legal"]),
     ):
         logits(model, rows=3)
@@ -297,7 +297,7 @@ def test_citation_holds_every_part_of_a_mix_once():
 
 
 def test_a_table_that_sees_no_rows_cannot_differ_by_row():
-    """T5's relative position table is indexed by distances, not by rows: as many tokens as rows must not be mistaken."""
+    """T5's table of relative positions is indexed by distances: as many tokens as rows must not be mistaken."""
     model = tiny("t5")
     inlay.attach(model, inlay.Full(), name="full")
     with pytest.raises(AdapterError, match=r"relative_attention_bias sees tokens without the row"):

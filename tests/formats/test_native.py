@@ -91,7 +91,7 @@ def test_the_same_base_in_another_dtype_is_the_same_base(tmp_path):
 
 
 def test_the_fingerprint_does_not_see_adapters_or_heads(tmp_path):
-    model, adapter = trained("bert")
+    _, adapter = trained("bert")
     adapter.save(tmp_path / "a")
     other = tiny("bert")
     with torch.no_grad():

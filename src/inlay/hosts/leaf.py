@@ -22,6 +22,9 @@ from inlay.methods.base import Delta, Replacement
 from inlay.route import Group, Rows, join
 
 
+Frozen = Callable[[Tensor], Any]
+
+
 @dataclass(eq=False)
 class Act:
     """One delta at work: where its x comes from and which features it writes."""
@@ -146,28 +149,32 @@ def _run(plan: Plan, frozen: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     for span in plan.opens:
         span.x = x
     if len(plan.groups) == 1:
-        return _one(plan.groups[0], base, x)
-    return _many(plan, base, x)
+        return _one(plan.groups[0], base, x, rest, kwargs)
+    return _many(plan, base, x, rest, kwargs)
 
 
-def _one(acts: Acts, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = acts.replacement
+
+    def call(value: Tensor) -> Any:
+        return base(value) if own is None else own(value, *rest, **kwargs)
+
     for act in acts.entering:
         x = act(_source(act, x), x)
-    y, rest = _split(base(x) if acts.replacement is None else acts.replacement(x))
+    y, more = _split(call(x))
     if acts.through:
         moved = x
         for act in acts.through:
             moved = moved + act.delta(_source(act, x), y)
-        y, rest = _split(base(moved) if acts.replacement is None else acts.replacement(moved))
+        y, more = _split(call(moved))
     for act in acts.leaving:
         y = act(_source(act, x), y)
-    return y if rest is None else (y, *rest)
+    return y if more is None else (y, *more)
 
 
-def _many(plan: Plan, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     total = plan.joins[0].rows.total
-    if x.shape[0] == 1 and total > 1:
-        x = x.expand(total, *x.shape[1:])
+    x = _fit(x, total)
     sources = {id(a): a.span.take() for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
 
     def source(act: Act, rows: Rows, own: Tensor) -> Tensor:
@@ -179,20 +186,41 @@ def _many(plan: Plan, base: Callable[[Tensor], Any], x: Tensor) -> Any:
             xs[i] = act(source(act, group.rows, xs[i]), xs[i])
     if any(g.entering for g in plan.groups):
         x = join(plan.joins, xs)
-    y, rest = _split(base(x))
+    y, more = _split(base(x))
+    y = _fit(y, total)
     parts = [g.rows.take(y) for g in plan.groups]
     for i, group in enumerate(plan.groups):
-        if group.replacement is not None:
-            parts[i] = group.replacement(xs[i])
+        rows, own = group.rows, group.replacement
+
+        def call(value: Tensor, rows: Rows = rows, own: Replacement | None = own) -> Tensor:
+            if own is None:
+                return _split(base(value))[0]
+            some = [_rows_of(a, rows, x.shape[0]) for a in rest]
+            named = {k: _rows_of(a, rows, x.shape[0]) for k, a in kwargs.items()}
+            return _fit(_split(own(value, *some, **named))[0], value.shape[0])
+
+        if own is not None:
+            parts[i] = call(xs[i])
         if group.through:
             moved = xs[i]
             for act in group.through:
                 moved = moved + act.delta(source(act, group.rows, xs[i]), parts[i])
-            parts[i] = _split(base(moved) if group.replacement is None else group.replacement(moved))[0]
+            parts[i] = call(moved)
         for act in group.leaving:
             parts[i] = act(source(act, group.rows, xs[i]), parts[i])
     y = join(plan.joins, parts)
-    return y if rest is None else (y, *rest)
+    return y if more is None else (y, *more)
+
+
+def _fit(tensor: Tensor, entries: int) -> Tensor:
+    """A tensor that all rows share (positions, mostly) once for each row."""
+    return tensor.expand(entries, *tensor.shape[1:]) if tensor.shape[0] == 1 and entries > 1 else tensor
+
+
+def _rows_of(argument: Any, rows: Rows, entries: int) -> Any:
+    """The part of a further argument that belongs to these rows, if it has one entry for each entry of x."""
+    fits = isinstance(argument, Tensor) and argument.ndim > 0 and argument.shape[0] == entries
+    return rows.take(argument) if fits else argument
 
 
 def _source(act: Act, x: Tensor) -> Tensor:

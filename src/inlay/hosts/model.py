@@ -57,7 +57,7 @@ def check_rows(rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         tensor = next((kwargs[n] for n in names if isinstance(kwargs.get(n), Tensor)), None)
     if tensor is not None and tensor.shape[0] != rows:
         raise AdapterError(
-            f"use() was given {rows} rows, but this batch has {tensor.shape[0]}. Give one entry per row, or one for all."
+            f"use() was given {rows} rows, but the batch has {tensor.shape[0]}: give one entry per row, or one for all."
         )
 
 

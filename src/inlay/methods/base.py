@@ -121,8 +121,8 @@ class Replacement(Piece, abc.ABC):
     """Used instead of the frozen module: a task head, a trained norm, a module under full fine-tuning."""
 
     @abc.abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """What the module returns for x."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module returns for x and whatever else it is called with."""
 
 
 class ExtraKV(Piece, abc.ABC):

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, I / O features entering / leaving a module.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ class Copy(Replacement):
         super().__init__()
         self.module = frozen.copy()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = next(self.module.parameters())
         if not x.is_floating_point() or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return self.module(x)  # type: ignore[no-any-return]
+            return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]
         cast = {name: p.to(x.dtype) for name, p in self.module.named_parameters()}
-        return functional_call(self.module, cast, (x,))  # type: ignore[no-any-return]
+        return functional_call(self.module, cast, (x, *args), kwargs)  # type: ignore[no-any-return]
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())
