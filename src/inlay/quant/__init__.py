@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from inlay.quant.bridge import is_quantized, logical_shape, weight_of
-from inlay.quant.fp4 import FP4
-from inlay.quant.nf4 import NF4
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["FP4", "NF4", "is_quantized", "logical_shape", "weight_of"]
+from inlay.quant.bridge import is_quantized as is_quantized
+from inlay.quant.bridge import logical_shape as logical_shape
+from inlay.quant.bridge import weight_of as weight_of
+from inlay.quant.fp4 import FP4 as FP4
+from inlay.quant.nf4 import NF4 as NF4
+
+if TYPE_CHECKING:
+    from inlay.quant.linear import Linear4 as Linear4
+    from inlay.quant.model import dequantize_model as dequantize_model
+    from inlay.quant.model import quantize as quantize
+
+# These import transformers, which reading a weight does not need.
+_LAZY = {
+    "Linear4": "inlay.quant.linear",
+    "dequantize_model": "inlay.quant.model",
+    "quantize": "inlay.quant.model",
+}
+
+__all__ = ["FP4", "NF4", "is_quantized", "logical_shape", "weight_of", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

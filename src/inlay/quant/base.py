@@ -98,10 +98,11 @@ class BlockQuantization(BaseModel):
         compute_dtype: what matrix products run in, as a name or a `torch.dtype`; None takes the dtype of the
             input, or that of autocast.
         block_size: weights that share one scale.
-        skip: names of the linear layers that stay dense: a path, its end (`lm_head`), or a part of it between
-            dots. None keeps the output head (and what is tied to an embedding) dense, as the paper does; a
-            tuple says exactly which, so `()` quantises the head as well. Modules that the model declares as
-            needing fp32 are never quantised. Embeddings are not linear layers and stay as they are.
+        skip: linear layers that stay dense, named as in `BitsAndBytesConfig.llm_int8_skip_modules`: the start of
+            a module's path, its end, or a regular expression for its start. None keeps what the paper keeps
+            dense: the output or task head and whatever is tied to an embedding. A tuple says exactly which, so
+            `()` quantises the head as well. Modules that the model declares as needing fp32 stay dense always.
+            Embeddings are no linear layers and stay as they are.
         storage: the dtype that the packed bytes are declared as. FSDP2 shards floating-point storage only.
     """
 

@@ -15,16 +15,17 @@ from torch import Tensor
 from inlay.errors import QuantizationError
 from inlay.quant.base import CodeBook
 
-# Weights in one piece. The working set of a piece, about 10 bytes a weight, has to stay in a 1 MiB L2 cache
-# half full.
-_PIECE = 1 << 16
+# Weights treated at once. On CPU three fp32 buffers of this length stay in a 1 MiB L2 cache; an accelerator wants few
+# launches, with buffers that are small beside its memory.
+_PIECE_CPU, _PIECE_ACCELERATOR = 1 << 16, 1 << 24
 _TINY = 1e-38
+NOT_FINITE = "a weight with NaN or infinite values cannot be quantised; check the checkpoint"
 
 
 def quantize_blocks(x: Tensor, book: CodeBook, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Quantise a tensor in blocks along its row-major order.
 
-    x' = clamp(x · fp32(1 / absmax), -1, 1); the index counts the midpoints of the code book below x'.
+    x' = x · fp32(1 / absmax); the index counts the midpoints of the code book below x'.
 
     Args:
         x: any shape, fp32, bf16 or fp16.
@@ -47,54 +48,49 @@ def quantize_blocks(x: Tensor, book: CodeBook, block_size: int = 64) -> tuple[Te
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=x.device)
 
-    piece = max(_PIECE // block_size, 1) * block_size
-    if x.device.type != "cpu":
-        piece = max(full, 1)  # an accelerator wants few large launches
+    piece = _piece(block_size, x.device)
     size = min(piece, full)
-    values = torch.empty(size, dtype=torch.float32, device=x.device)
-    ranks = torch.empty(size, dtype=torch.uint8, device=x.device)
-    above = torch.empty(size, dtype=torch.bool, device=x.device)
+    scaled = torch.empty(size, dtype=torch.float32, device=x.device)
+    ranks, above = torch.empty_like(scaled), torch.empty_like(scaled)
     for start in range(0, full, piece):
         n = min(piece, full - start)
-        scaled, scale = values[:n], absmax[start // block_size : (start + n) // block_size]
-        scaled_BS = scaled.copy_(flat[start : start + n]).view(-1, block_size)
-        torch.amax(scaled_BS.abs(), dim=1, out=scale)
-        scaled_BS.mul_((1.0 / scale.clamp(min=_TINY))[:, None]).clamp_(-1, 1)
-        _rank(scaled, book, ranks[:n], above[:n])
-        _pack(ranks[:n], book, packed[start // 2 : (start + n) // 2])
+        scaled_BS = scaled[:n].copy_(flat[start : start + n]).view(-1, block_size)
+        scale = absmax[start // block_size : (start + n) // block_size]
+        torch.amax(torch.abs(scaled_BS, out=above[:n].view(-1, block_size)), dim=1, out=scale)
+        scaled_BS.mul_((1.0 / scale.clamp(min=_TINY))[:, None])
+        _encode(scaled[:n], book, ranks[:n], above[:n], packed[start // 2 : (start + n) // 2])
     if full < count:
         tail = flat[full:].float()
-        # The short last block is divided, not multiplied by the reciprocal, and its scale is never below
-        # 1e-38.
+        # The short last block is divided, not multiplied by the reciprocal, and its scale is never below 1e-38.
         absmax[-1] = scale = tail.abs().max().clamp(min=_TINY)
-        scaled = torch.nn.functional.pad((tail / scale).clamp_(-1, 1), (0, count % 2))
-        ranks = torch.empty_like(scaled, dtype=torch.uint8)
-        _rank(scaled, book, ranks, torch.empty_like(scaled, dtype=torch.bool))
-        _pack(ranks, book, packed[full // 2 :])
+        tail = torch.nn.functional.pad(tail / scale, (0, count % 2))
+        _encode(tail, book, torch.empty_like(tail), torch.empty_like(tail), packed[full // 2 :])
     if not bool(torch.isfinite(absmax).all()):
-        raise QuantizationError(
-            "a weight with NaN or infinite values cannot be quantised; check the checkpoint"
-        )
+        raise QuantizationError(NOT_FINITE)
     return packed.unsqueeze(1), absmax
 
 
-def _rank(scaled: Tensor, book: CodeBook, ranks: Tensor, above: Tensor) -> None:
+def _piece(block_size: int, device: torch.device) -> int:
+    piece = _PIECE_CPU if device.type == "cpu" else _PIECE_ACCELERATOR
+    return piece // block_size * block_size
+
+
+def _encode(scaled: Tensor, book: CodeBook, ranks: Tensor, above: Tensor, out: Tensor) -> None:
+    """Pack the ranks of scaled values. Counting in fp32 is exact, and torch compares into fp32 four times as
+    fast as into bool."""
     ranks.zero_()
-    bits = above.view(torch.uint8)
     for midpoint in book.midpoints():
-        torch.gt(scaled, midpoint, out=above)
-        ranks.add_(bits)
-
-
-def _pack(ranks: Tensor, book: CodeBook, out: Tensor) -> None:
+        ranks.add_(torch.gt(scaled, midpoint, out=above))
+    out.copy_(torch.add(ranks[1::2], ranks[0::2], alpha=16))
     if not book.is_sorted:
-        ranks = _order(book, ranks.device)[ranks.to(torch.int32)]
-    torch.bitwise_or(ranks[0::2] << 4, ranks[1::2], out=out)
+        out.copy_(_byte_order(book, out.device)[out.to(torch.int32)])
 
 
 @cache
-def _order(book: CodeBook, device: torch.device) -> Tensor:
-    return torch.tensor(book.order, dtype=torch.uint8, device=device)
+def _byte_order(book: CodeBook, device: torch.device) -> Tensor:
+    """For each byte of two ranks the byte of the two indices."""
+    order = torch.tensor(book.order, dtype=torch.uint8, device=device)
+    return (order[:, None] << 4 | order[None, :]).view(-1)
 
 
 @cache
@@ -118,7 +114,7 @@ def dequantize_blocks(packed: Tensor, absmax: Tensor, book: CodeBook, block_size
     bytes_ = packed.reshape(-1)
     flat = out.view(-1)
     pairs = _pair_table(book, out.device)
-    piece = max(_PIECE // block_size, 1) * block_size if out.device.type == "cpu" else max(full, 1)
+    piece = _piece(block_size, out.device)
     size = min(piece, full)
     index = torch.empty(size // 2, dtype=torch.int32, device=out.device)
     rounds = out.dtype != torch.float32

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import QuantizationError
+from inlay.kernels import blocks4
 from inlay.quant.base import Nested, QuantState
-from inlay.quant.blockwise import dequantize_blocks
-from inlay.quant.double_quant import dequantize_absmax
-from inlay.quant.fp4 import FP4
-from inlay.quant.nf4 import NF4
-
-BOOKS = {config.book.name: config.book for config in (NF4, FP4)}
+from inlay.quant.format import BOOKS
 
 
 def logical_shape(module: nn.Module) -> tuple[int, int]:
@@ -104,8 +100,7 @@ def is_quantized(module: nn.Module) -> bool:
 def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor of packed bytes, in `dtype` or the one that was quantised."""
     out = torch.empty(state.shape, dtype=dtype or state.dtype, device=packed.device)
-    absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
-    return dequantize_blocks(packed.detach().view(torch.uint8), absmax, state.book, state.block_size, out)
+    return blocks4.dequantize(packed, state, out)
 
 
 def four_bit_state(module: nn.Module) -> tuple[Tensor, QuantState] | None:
@@ -163,9 +158,7 @@ def _int8_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
     if scale is None:
         scale = getattr(getattr(module, "state", None), "SCB", None)
     if not isinstance(scale, Tensor):
-        raise QuantizationError(
-            "an 8-bit layer without its row scales (SCB); move the model to its device first"
-        )
+        raise QuantizationError("an 8-bit layer without its row scales (SCB); move the model to its device first")
     return scale.to(weight.device)
 
 
@@ -177,8 +170,7 @@ def _is_torchao(weight: Tensor) -> bool:
 def _is_conv1d(module: nn.Module) -> bool:
     # By name, so that reading a weight does not import transformers. Hosts subclass the leaf's class.
     return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-        for cls in type(module).__mro__
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
     )
 
 
