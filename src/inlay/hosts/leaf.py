@@ -33,13 +33,15 @@ class Act:
     span: Span | None
     columns: Columns | None
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with Δ added, in the dtype of y."""
-        if self.columns is None:
+    def __call__(self, x: Tensor, y: Tensor, frozen: Tensor | None = None) -> Tensor:
+        """y with Δ added, in the dtype of y; `frozen` is the module's own output where others were added before."""
+        seen = frozen if frozen is not None and self.delta.needs_frozen else y
+        if self.columns is not None:
+            out = add_columns(y, self.delta(x, take_columns(seen, self.columns)), self.columns)
+        elif seen is y:
             out = self.delta.add(x, y)
         else:
-            part = take_columns(y, self.columns)
-            out = add_columns(y, self.delta(x, part), self.columns)
+            out = y + self.delta(x, seen)
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
@@ -118,6 +120,11 @@ def _acts(state: Hosted, group: Group) -> Acts:
     if len(replacements) > 1:
         raise AdapterError(f"the adapters {group.names} each replace {state.path}; on the same rows only one can.")
     replacement = replacements[0] if replacements else None
+    if replacement is not None and any(p.piece.needs_frozen for p in placed):
+        raise AdapterError(
+            f"the adapters {group.names} replace {state.path} and rescale its frozen weight; on the same rows that "
+            "contradicts itself. Give one of them other sites."
+        )
     return Acts(group.rows, deltas["input"], replacement, deltas["through"], deltas["output"])
 
 
@@ -167,8 +174,9 @@ def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dic
         for act in acts.through:
             moved = moved + act.delta(_source(act, x), y)
         y, more = _split(call(moved))
+    frozen = y
     for act in acts.leaving:
-        y = act(_source(act, x), y)
+        y = act(_source(act, x), y, frozen)
     return y if more is None else (y, *more)
 
 
@@ -206,8 +214,9 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
             for act in group.through:
                 moved = moved + act.delta(source(act, group.rows, xs[i]), parts[i])
             parts[i] = call(moved)
+        frozen = parts[i]
         for act in group.leaving:
-            parts[i] = act(source(act, group.rows, xs[i]), parts[i])
+            parts[i] = act(source(act, group.rows, xs[i]), parts[i], frozen)
     y = join(plan.joins, parts)
     return y if more is None else (y, *more)
 
