@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from inlay.data.readers import CONTINUES
+from inlay.data.readers import FIRST, LAST
 from inlay.errors import DataError, nearest
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
@@ -193,7 +193,7 @@ def detect(
     Raises:
         DataError: no form fits, more than one does, or a given column does not exist.
     """
-    columns = [column for column in columns if column != CONTINUES]
+    columns = [column for column in columns if column not in (FIRST, LAST)]
     task = checked_task(task, model_kind)
     fixed = _checked_mapping(mapping or {}, columns, where, targets)
     fitting = [

@@ -16,11 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inlay.data.rows import RowError
 from inlay.errors import DataError
 
-CONTINUES = "__continues__"
-"""Key of a row of running text: whether the document goes on in the next row."""
+FIRST, LAST = "__first__", "__last__"
+"""Keys of a row of running text: whether its document begins and ends in this row."""
+
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 27))
 
 
@@ -82,6 +86,10 @@ class Mapped(Reader):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each row."""
+        return np.asarray(self._end, np.int64) - np.asarray(self._start, np.int64)
 
     def _text(self, i: int) -> str:
         return decode(self._bytes[self._start[i] : self._end[i]], self._line[i])

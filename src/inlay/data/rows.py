@@ -1,7 +1,7 @@
 """What one row can be, and what is said when it is not that.
 
 A reader yields raw rows (column -> value), `parse` turns them into one of the records below, an encoder turns
-records into tokens. Each of the three raises `RowError` for a row that is wrong; `BadRows` is where those errors end up.
+records into tokens. Each of the three raises `RowError` for a wrong row; `BadRows` is where those errors end up.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Running text; `final` is false where a long document goes on in the next row."""
+    """Running text; `first` and `last` say whether a long document begins and ends here."""
 
     text: str
-    final: bool
+    first: bool = True
+    last: bool = True
 
 
 Record = Labelled | Tagged | Spans | Prompted | Chat | Document

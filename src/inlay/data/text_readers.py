@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inlay.data.readers import CONTINUES, Mapped, Reader, decode
+from inlay.data.readers import FIRST, LAST, Mapped, Reader, decode
 from inlay.data.rows import RowError
 
 DOCUMENT_BORDER = b"<|endoftext|>"
@@ -108,8 +108,10 @@ class Documents(Mapped):
         self.notes.append(f"{count} {'document' if count == 1 else 'documents'}, cut into windows of max_length tokens")
 
     def row(self, i: int) -> dict[str, Any]:
+        first, last = i == 0 or i - 1 in self._final, i in self._final
         text = self._text(i).replace("\r\n", "\n")
-        return {"text": text.strip("\n") if i in self._final else text, CONTINUES: i not in self._final}
+        text = text.lstrip("\n") if first else text
+        return {"text": text.rstrip("\n") if last else text, FIRST: first, LAST: last}
 
 
 class Whole(Reader):

@@ -1,0 +1,167 @@
+"""The rows of one reader into examples: detect, parse, tokenize, and keep count of what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from inlay.data.encode_labels import LabelledEncoder, SpansEncoder, TaggedEncoder
+from inlay.data.encode_text import CausalEncoder, Seq2SeqEncoder
+from inlay.data.examples import Encoder
+from inlay.data.formats import ANSWERING, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Format, ModelKind, detect
+from inlay.data.parse import parse
+from inlay.data.readers import Reader, names_of
+from inlay.data.rows import BadRows, Record, RowError
+from inlay.data.store import Counts, Making, Placed
+from inlay.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MAX_LENGTH = 1024
+"""`max_length` where neither the user nor the tokenizer limits it."""
+SAMPLE = 100
+"""Rows that are looked at to find the format."""
+MOST_SHOWN = 5
+_CHUNK = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+def max_length_of(given: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`given`, checked, or the tokenizer's limit where that is not above `DEFAULT_MAX_LENGTH`."""
+    limit = int(min(tokenizer.model_max_length, 1 << 30))
+    if given is None:
+        return min(limit, DEFAULT_MAX_LENGTH)
+    if given < 2:
+        raise DataError(f"max_length is {given}; expected 2 or more")
+    if given > limit:
+        raise DataError(f"max_length is {given}, more than the {limit} tokens that the tokenizer's model takes")
+    return given
+
+
+def sample_of(reader: Reader) -> list[dict[str, Any]]:
+    """The first readable rows."""
+    rows: list[dict[str, Any]] = []
+    for i in range(min(len(reader), 10 * SAMPLE)):
+        try:
+            rows.append(reader.row(i))
+        except RowError:
+            continue
+        if len(rows) == SAMPLE:
+            break
+    return rows
+
+
+def format_of(
+    reader: Reader,
+    model_kind: ModelKind | None,
+    task: str | None,
+    columns: Mapping[str, str] | None,
+    *,
+    targets: bool = True,
+) -> Format:
+    """The format of a reader's rows; see `detect`."""
+    sample = sample_of(reader)
+    names = getattr(reader, "columns", None) or names_of(sample)
+    if not names:
+        if len(reader):  # no row can be read: say why instead of missing columns
+            bad = BadRows("error")
+            for i in range(min(len(reader), SAMPLE)):
+                try:
+                    reader.row(i)
+                except RowError as error:
+                    bad.add(reader.file(i), reader.line(i), error)
+            bad.raise_if_any()
+        raise DataError(f"{reader.name} holds no rows")
+    return detect(names, sample, where=reader.name, model_kind=model_kind, task=task, mapping=columns, targets=targets)
+
+
+def encoder_for(
+    form: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    targets: bool = True,
+    one_each: bool = False,
+) -> Encoder:
+    """The encoder for a task; `one_each`: every row makes exactly one example, or is an error."""
+    if form.task in (SEQUENCE, REGRESSION):
+        return LabelledEncoder(tokenizer, max_length)
+    if form.task == TOKEN:
+        return TaggedEncoder(tokenizer, max_length)
+    if form.task == ANSWERING:
+        return SpansEncoder(tokenizer, max_length)
+    if form.task == SEQ2SEQ:
+        return Seq2SeqEncoder(tokenizer, max_length, targets=targets)
+    return CausalEncoder(tokenizer, max_length, targets=targets, one_each=one_each)
+
+
+def records_of(
+    reader: Reader, form: Format, bad: BadRows, progress: Progress, what: str, *, targets: bool = True
+) -> Iterator[tuple[int, Record]]:
+    """The good rows of a reader with their numbers; the others go to `bad`."""
+    for i in range(len(reader)):
+        try:
+            yield i, parse(reader.row(i), form, targets=targets)
+        except RowError as error:
+            bad.add(reader.file(i), reader.line(i), error, reader.raw(i))
+        if i % _CHUNK == 0 or i == len(reader) - 1:
+            progress(f"{what} {reader.name}", i + 1, len(reader))
+
+
+def making_of(
+    reader: Reader,
+    form: Format,
+    encoder: Encoder,
+    bad: BadRows,
+    progress: Progress,
+    *,
+    targets: bool = True,
+    unknown: int | None = None,
+) -> Making:
+    """The examples of a reader, tokenized a chunk of rows at a time as they are taken; `unknown` is a token to count."""
+    counts = Counts(rows=len(reader))
+    files: dict[str, int] = {}
+
+    def placed() -> Iterator[Placed]:
+        chunk: list[tuple[int, Record]] = []
+        for numbered in records_of(reader, form, bad, progress, "tokenizing", targets=targets):
+            chunk.append(numbered)
+            if len(chunk) == _CHUNK:
+                yield from encode(chunk)
+                chunk = []
+        yield from encode(chunk)
+        bad.raise_if_any()
+        counts.skipped = bad.count
+        counts.several = bool(getattr(encoder, "several", False))
+
+    def encode(chunk: list[tuple[int, Record]]) -> Iterable[Placed]:
+        for (i, _), found in zip(chunk, encoder([record for _, record in chunk]) if chunk else [], strict=True):
+            file, line = reader.file(i), reader.line(i)
+            if isinstance(found, RowError):
+                bad.add(file, line, found, reader.raw(i))
+                continue
+            for example in found:
+                counts.examples += 1
+                if example.cut:
+                    counts.cut += 1
+                    counts.cut_tokens += example.cut
+                    if len(counts.cut_first) < MOST_SHOWN:
+                        counts.cut_first.append(f"{file}:{line}")
+                if unknown is not None and unknown in example.input_ids:
+                    counts.unknown += 1
+                    if len(counts.unknown_first) < MOST_SHOWN:
+                        counts.unknown_first.append(f"{file}:{line}")
+                if example.note:
+                    counts.notes[example.note] = counts.notes.get(example.note, 0) + 1
+                yield Placed(example, i, files.setdefault(file, len(files)), line)
+
+    return Making(placed(), counts, encoder.names, files)
+
+
+def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for characters outside the vocabulary, where it stands for nothing else."""
+    number = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return number if isinstance(number, int) and number not in others else None
