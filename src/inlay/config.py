@@ -102,6 +102,10 @@ class RunConfig(BaseModel):
     """tokens per row; longer rows are cut and counted"""
     packing: bool = False
     """several rows in one sequence, without attention between them (causal-lm)"""
+    weights: list[float] | None = None
+    """share of each set of `data` in an epoch; rows as they are when absent"""
+    streaming: bool = False
+    """tokenize rows when they are needed, for data larger than the disk cache should be"""
     group_by_length: bool = True
     """rows of similar length share a batch"""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -236,6 +240,8 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "double_quant", "has no effect without quantization: nf4 or fp4"
     if get("allow_changed") and not get("resume"):
         yield "allow_changed", "has no effect without resume"
+    if get("weights") is not None and (not isinstance(get("data"), list) or len(get("data")) != len(get("weights"))):
+        yield "weights", "there must be as many as sets in data"
     if "none" in get("report_to") and len(get("report_to")) > 1:
         yield "report_to", "'none' stands beside other trackers"
     if get("packing") and get("task") not in (None, "causal-lm"):

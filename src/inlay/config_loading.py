@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ def _complaints(
         else:
             expected = type_name(field.annotation) if field is not None else "something else"
             at = f" at {'.'.join(nested)}" if nested else ""
-            choice = f"; {nearest(str(error['input']), expected.split('|'))}" if "|" in expected else ""
+            close = nearest(str(error["input"]), expected.split("|")) if "|" in expected else ""
+            choice = f"; {close}" if close.startswith("did") else ""
             told[key] = f"expected {_english(expected)}{at}, got {_shown(error['input'])}{choice}"
     return list(told.items())
 
@@ -320,7 +322,8 @@ def _english(expected: str) -> str:
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     if "|" in expected:
         return "one of " + ", ".join(expected.split("|"))
-    return " or ".join(words.get(part, part) for part in expected.split(" or "))
+    parts = expected.split(" or ")
+    return " or ".join("a mapping" if part.startswith("dict") else words.get(part, part) for part in parts)
 
 
 def _shown(value: Any) -> str:
@@ -329,7 +332,14 @@ def _shown(value: Any) -> str:
 
 
 def _told(problems: list[Problem]) -> str:
+    problems = sorted(problems, key=lambda problem: _line(problem[0]))
     lines = [f"{place + '  ' if place else ''}{key}: {text}" for place, key, text in problems]
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{len(lines)} problems in the run configuration", *("  " + line for line in lines)])
+
+
+def _line(place: str) -> int:
+    """Lines of the file first, in their order; the command line after them."""
+    number = place.rpartition(":")[2]
+    return int(number) if number.isdigit() else sys.maxsize

@@ -92,7 +92,9 @@ class Masked(Rows):
 
 
 def test_a_batch_without_a_single_label_is_an_error_not_a_loss_of_zero():
-    with pytest.raises(TrainingError, match=r"step 2: .*all labels are masked.*train\.jsonl:4; train\.jsonl:5; train\.jsonl:6"):
+    with pytest.raises(
+        TrainingError, match=r"step 2: .*all labels are masked.*train\.jsonl:4; train\.jsonl:5; train\.jsonl:6"
+    ):
         loop(rows=Masked(shuffle=False)).fit()
 
 
@@ -101,14 +103,21 @@ def test_a_tensor_that_never_receives_a_gradient_is_named():
     idle = torch.nn.Parameter(torch.zeros(2))
     run.guards.parameters["blocks.9.q.A"] = idle
     run.guards.without_gradient.add("blocks.9.q.A")
-    with pytest.raises(TrainingError, match=r"step 8: 1 of 3 adapter tensors never received a gradient: blocks\.9\.q\.A"):
+    with pytest.raises(
+        TrainingError, match=r"step 8: 1 of 3 adapter tensors never received a gradient: blocks\.9\.q\.A"
+    ):
         run.fit()
 
 
 def test_early_stopping_and_best_follow_the_metric(tmp_path):
     """With a rate this high the held-out loss only rises after the first evaluations."""
     run = loop(
-        tmp_path / "run", eval_steps=2, save_steps=100, learning_rate=0.5, num_train_epochs=30.0, early_stopping_patience=3
+        tmp_path / "run",
+        eval_steps=2,
+        save_steps=100,
+        learning_rate=0.5,
+        num_train_epochs=30.0,
+        early_stopping_patience=3,
     )
     state = run.fit()
     held_out = {int(r["step"]): r["loss"] for r in records(tmp_path / "run", "held-out")}
@@ -182,7 +191,9 @@ def test_a_full_disk_at_the_end_is_an_error(tmp_path):
     run = loop(tmp_path / "run", save_steps=3, max_steps=6)
     Unwritable.saves = 0
     run.adapter = Unwritable(run.model)
-    with pytest.raises(TrainingError, match=r"step 6 could not be written: .*No space left.*Earlier checkpoints are whole"):
+    with pytest.raises(
+        TrainingError, match=r"step 6 could not be written: .*No space left.*Earlier checkpoints are whole"
+    ):
         run.fit()
     path, skipped = newest(tmp_path / "run")
     assert path is not None

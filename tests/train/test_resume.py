@@ -173,7 +173,13 @@ def test_a_finished_run_resumes_to_itself(straight, tmp_path):
 
 
 def test_early_stopping_counts_across_a_resume(tmp_path):
-    keys = {"eval_steps": 1, "save_steps": 1, "learning_rate": 0.5, "num_train_epochs": 9.0, "early_stopping_patience": 4}
+    keys = {
+        "eval_steps": 1,
+        "save_steps": 1,
+        "learning_rate": 0.5,
+        "num_train_epochs": 9.0,
+        "early_stopping_patience": 4,
+    }
     settings = SETTINGS | keys
     straight = loop(tmp_path / "a", **settings)
     straight.fit()

@@ -34,7 +34,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool =
         fill(aside)
         _sync_all(aside, manifest)
         _put_in_place(aside, target)
-    except OSError:
+    except Exception:
         with contextlib.suppress(OSError):
             remove(aside)
         raise

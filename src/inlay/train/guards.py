@@ -87,7 +87,7 @@ def non_finite_rows(parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[int]:
     found = [
         indices[row]
         for indices, loss_B in parts
+        if len(indices) == len(loss_B)  # else rows are packed from several examples each
         for row in (~loss_B.isfinite()).nonzero().flatten().tolist()
-        if row < len(indices)
     ]
     return found or [index for indices, _ in parts for index in indices]

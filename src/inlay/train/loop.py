@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from inlay.train.guards import Guards, non_finite_rows
 from inlay.train.loss import forward, loss_of
 from inlay.train.metrics import MAIN, better, greater_is_better
 from inlay.train.optim import build_optimizer, warmup_steps
+from inlay.train.precision import autocast
 from inlay.train.progress import Display
 from inlay.train.schedules import build_schedule
 from inlay.train.signals import StopRequest
@@ -36,9 +36,14 @@ from inlay.train.trackers import Tracker
 class Batch(Protocol):
     """One batch: tensors for the model (with labels), the rows it holds, and how many targets they have."""
 
-    inputs: dict[str, Tensor]
-    indices: Sequence[int]
-    targets: int
+    @property
+    def inputs(self) -> dict[str, Tensor]: ...
+
+    @property
+    def indices(self) -> list[int]: ...
+
+    @property
+    def targets(self) -> int: ...
 
 
 class Batches(Protocol):
@@ -114,9 +119,7 @@ class Loop:
         self.parameters = [parameter for _, parameter in adapter.named_parameters()]
         self.optimizer = build_optimizer(adapter.named_parameters(), config)
         name, rising = config.lr_scheduler_type or "linear", warmup_steps(config, self.total_steps)
-        self.schedule = build_schedule(
-            self.optimizer, name, rising, self.total_steps, dict(config.lr_scheduler_kwargs)
-        )
+        self.schedule = build_schedule(self.optimizer, name, rising, self.total_steps, dict(config.lr_scheduler_kwargs))
         self.model: nn.Module = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if config.fp16 else None
         self.guards = Guards(dict(adapter.named_parameters()), origin)
@@ -166,37 +169,30 @@ class Loop:
         mine += [None] * (-(-len(group) // world) - len(mine))
         parts: list[tuple[Sequence[int], Tensor]] = []
         total = torch.zeros((), device=self.accelerator.device)
-        for index, batch in enumerate(mine):
+        for index, own in enumerate(mine):
             with self._last_one_syncs(index == len(mine) - 1):
                 # A process without a batch of its own takes part with one that weighs nothing.
-                inputs = (group[0] if batch is None else batch).inputs
-                with self.autocast():
+                inputs = (group[0] if own is None else own).inputs
+                with autocast(self.config, self.accelerator.device):
                     output = forward(self.model, inputs, self.task)
                     loss = loss_of(output, inputs, self.task, self.config.label_smoothing_factor)
-                scaled = loss.total * (world / targets if batch is not None else 0.0)
+                scaled = loss.total * (world / targets if own is not None else 0.0)
                 (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-                if batch is not None:
-                    parts.append((batch.indices, loss.per_row_B))
+                if own is not None:
+                    parts.append((own.indices, loss.per_row_B))
                     total = total + loss.total.detach()
                 del output, loss, scaled
         total = self.accelerator.reduce(total, "sum")
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = self._clip()
-        mean, norm_value = (torch.stack([total / targets, norm.to(total.device)])).tolist()
+        mean, norm_value = torch.stack([total / targets, norm.to(total.device)]).tolist()
         if self.scaler is None or not math.isfinite(mean):  # a scaler skips a step whose gradient overflows
-            step, rate = self.state.step + 1, self.schedule.get_last_lr()[0]
+            step, rate = self.state.step + 1, float(self.schedule.get_last_lr()[0])
             self.guards.finite(mean, norm_value, step, lambda: non_finite_rows(parts), rate)
         self._update()
         self._count(group, mean * targets, targets)
         return mean, norm_value
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes."""
-        device = self.accelerator.device.type
-        if self.config.bf16 or self.config.fp16:
-            return torch.autocast(device, dtype=torch.bfloat16 if self.config.bf16 else torch.float16)
-        return nullcontext()
 
     def _last_one_syncs(self, last: bool) -> AbstractContextManager[Any]:
         if last or self.accelerator.num_processes == 1:
@@ -215,7 +211,7 @@ class Loop:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.rate = self.schedule.get_last_lr()[0]
+        self.rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.guards.note_gradients()
         self.optimizer.zero_grad(set_to_none=True)
@@ -371,8 +367,3 @@ def total_steps(config: RunConfig, batches_per_epoch: int, processes: int = 1) -
         return config.max_steps
     per_epoch = -(-batches_per_epoch // (config.gradient_accumulation_steps * processes))
     return max(1, math.ceil(config.num_train_epochs * per_epoch))
-
-
-def summary(state: RunState) -> dict[str, Any]:
-    """What a finished run reports of itself."""
-    return {key: value for key, value in asdict(state).items() if key not in ("loss_sum", "target_sum")}

@@ -29,17 +29,6 @@ class Loss:
     targets: int
 
 
-def count_targets(labels: Mapping[str, Tensor] | Tensor, task: str) -> int:
-    """How many targets a batch has: tokens for tagging and generation, rows for the other tasks."""
-    if isinstance(labels, Tensor):
-        if task == "causal-lm":
-            labels = labels[..., 1:]
-        if task in ("causal-lm", "seq2seq", "token-classification"):
-            return int((labels != IGNORED).sum())
-        return len(labels)
-    return len(next(iter(labels.values())))
-
-
 def forward(model: nn.Module, inputs: Mapping[str, Tensor], task: str) -> Any:
     """The model's output without its own loss: labels stay here, except where the decoder's inputs are made of them."""
     given = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
@@ -76,7 +65,7 @@ def loss_of(output: Any, inputs: Mapping[str, Tensor], task: str, smoothing: flo
         return Loss(loss_B.sum(), loss_B.detach(), logits, torch.zeros((), device=logits.device), len(loss_B))
     if labels.is_floating_point():
         loss_B = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
-        right = ((logits > 0) == (labels > 0.5)).all(-1).sum()
+        right = (logits > 0).eq(labels.bool()).all(-1).sum()
         return Loss(loss_B.sum(), loss_B.detach(), logits, right, len(loss_B))
     if task == "causal-lm":
         # Virtual tokens of a prompt stand before the text; only the text has labels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -68,10 +69,10 @@ def build_optimizer(named: NamedParameters, config: RunConfig) -> torch.optim.Op
             return Adafactor(groups, scale_parameter=False, relative_step=False)
         case "adamw_8bit":
             try:
-                from bitsandbytes.optim import AdamW8bit
+                bitsandbytes: Any = importlib.import_module("bitsandbytes")
             except ImportError:
                 raise ConfigError("optim: adamw_8bit needs bitsandbytes: pip install 'inlay[bnb]'") from None
-            return AdamW8bit(groups, **adam)  # type: ignore[no-any-return]
+            return bitsandbytes.optim.AdamW8bit(groups, **adam)  # type: ignore[no-any-return]
         case paged:
             from inlay.train.paged import PagedAdamW
 

@@ -1,8 +1,10 @@
-"""In which precision a run computes: measured once, at its start, because some CPUs are slower in bf16 and some are not."""
+"""In which precision a run computes: measured at its start, because bf16 is fast on some CPUs and slow on others."""
 
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,10 +22,17 @@ def resolve_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"bf16": faster_in_bf16(device)})
 
 
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of forward passes: bf16, fp16 or that of the weights."""
+    if config.bf16 or config.fp16:
+        return torch.autocast(device.type, dtype=torch.bfloat16 if config.bf16 else torch.float16)
+    return nullcontext()
+
+
 def faster_in_bf16(device: torch.device) -> bool:
     """Whether a feed-forward, forward and backward, is faster under bf16 autocast on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     generator = torch.Generator().manual_seed(0)

@@ -42,7 +42,7 @@ def cosine_with_min_lr(p: float, *, min_lr_rate: float = 0.1, num_cycles: float 
 
 def polynomial(p: float, *, power: float = 1.0, end_rate: float = 0.0) -> float:
     """(1 - end)·(1 - p)^power + end, with `end_rate` a part of the peak."""
-    return (1.0 - end_rate) * (1.0 - p) ** power + end_rate
+    return float((1.0 - end_rate) * (1.0 - p) ** power + end_rate)
 
 
 def warmup_stable_decay(p: float, *, decay_ratio: float = 0.2, min_lr_ratio: float = 0.0) -> float:

@@ -57,17 +57,17 @@ class TensorBoard:
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run))  # type: ignore[no-untyped-call]
-        self.writer.add_text("config", json.dumps(config, indent=1))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(run))
+        self.writer.add_text("config", json.dumps(config, indent=1))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write each number as a scalar."""
         for name, value in _numbers(record).items():
-            self.writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Write out the rest."""
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class Wandb:

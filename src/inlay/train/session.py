@@ -1,0 +1,176 @@
+"""Everything that a run works with, built from its configuration: device, tokenizer, data, model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inlay.config import RunConfig
+from inlay.train import models
+from inlay.train.defaults import resolve_method, resolve_steps
+from inlay.train.loop import total_steps
+from inlay.train.precision import autocast, resolve_precision
+
+if TYPE_CHECKING:
+    from inlay.data import Batches, DataSpec, Encoded, Prepared
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """The parts of one run. `config` is resolved: nothing that decides the run is None any more."""
+
+    config: RunConfig
+    accelerator: Any
+    tokenizer: Any
+    prepared: Prepared
+    model: Any
+    train_batches: Batches
+
+    @property
+    def task(self) -> str:
+        """What is learned."""
+        return self.prepared.task
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def eval_batches(self, encoded: Encoded) -> Batches:
+        """The batches of an evaluation, always the same."""
+        return batches_of(encoded, self.config, self.tokenizer, self.task, self.device, train=False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        return autocast(self.config, self.device)
+
+
+def open_accelerator(config: RunConfig) -> Any:
+    """Accelerate's engine. Precision is ours, so that two runs in one process may differ in it."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=config.use_cpu, mixed_precision="no")
+
+
+def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
+    """Read the data, load the model, decide everything that the configuration left open.
+
+    Args:
+        config: as the user wrote it.
+        method_name: lower-case name of the method, for its defaults.
+        say: told what is going on.
+
+    Raises:
+        DataError, ConfigError: see `inlay.data.prepare` and `models`.
+    """
+    from inlay.data import prepare
+
+    accelerator = open_accelerator(config)
+    kind = models.kind_of(models.load_config(config))
+    tokenizer = models.load_tokenizer(config)
+    say(f"reading {shown_data(config)}")
+    with accelerator.main_process_first():
+        prepared = prepare(data_spec(config), tokenizer, kind)
+    config = resolve_precision(resolve_method(config, method_name, prepared.task), accelerator.device)
+    say(f"loading {config.model}")
+    seed_everything(config.seed)
+    model = models.load_model(config, prepared, tokenizer, accelerator.device)
+    train = batches_of(prepared.train, config, tokenizer, prepared.task, accelerator.device, train=True)
+    steps = total_steps(config, len(train), accelerator.num_processes)
+    config = resolve_steps(config, steps, held_out=bool(prepared.evals))
+    return Session(config, accelerator, tokenizer, prepared, model, train)
+
+
+def data_spec(config: RunConfig) -> DataSpec:
+    """What the configuration asks of the data."""
+    from inlay.data import DataSpec
+
+    return DataSpec(
+        data=config.data,
+        eval_data=config.eval_data,
+        columns=dict(config.columns) or None,
+        task=config.task,
+        eval_fraction=config.eval_fraction,
+        max_length=config.max_length,
+        on_bad_row=config.on_bad_row,
+        packing=config.packing,
+        seed=config.seed,
+        weights=config.weights,
+        streaming=config.streaming,
+        group_by_length=config.group_by_length,
+    )
+
+
+def batches_of(
+    encoded: Encoded, config: RunConfig, tokenizer: Any, task: str, device: torch.device, *, train: bool
+) -> Batches:
+    """Batches for training, or for an evaluation."""
+    from inlay.data import Batches
+
+    assert config.per_device_train_batch_size is not None, "the configuration was not resolved"
+    return Batches(
+        encoded,
+        config.per_device_train_batch_size if train else config.per_device_eval_batch_size,
+        seed=config.seed,
+        shuffle=train,
+        group_by_length=config.group_by_length,
+        pad_token_id=tokenizer.pad_token_id,
+        task=task,
+        device=device,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Start every random generator that a run may use."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def identity(session: Session, adapter: Any) -> dict[str, Any]:
+    """What must be equal for a checkpoint to go on as if nothing had happened; shown where it differs.
+
+    The number of processes is not part of it, their product with the accumulation is.
+    """
+    from inlay.data.store import tokenizer_hash
+    from inlay.formats.fingerprint import fingerprint
+
+    config, prepared = session.config, session.prepared
+    step = config.gradient_accumulation_steps * session.accelerator.num_processes
+    same = (
+        "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
+        "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio",
+        "label_smoothing_factor", "per_device_train_batch_size", "group_by_length", "packing", "bf16", "fp16", "dtype",
+        "quantization",
+    )  # fmt: skip
+    return {
+        "base": f"{Path(config.model).name} {_digest(fingerprint(session.model))}",
+        "tokenizer": tokenizer_hash(session.tokenizer)[:16],
+        "data": f"{Path(shown_data(config)).name} {prepared.fingerprint[:16]}",
+        "method": adapter.method.spec(),
+        "batches per step": step,
+        "steps": total_steps(config, len(session.train_batches), session.accelerator.num_processes),
+        **{key: getattr(config, key) for key in same},
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def shown_data(config: RunConfig) -> str:
+    """The training data in one word."""
+    return config.data if isinstance(config.data, str) else ", ".join(config.data)
