@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from inlay.methods.full import Full as Full
     from inlay.methods.full import HeadOnly as HeadOnly
     from inlay.methods.lora import LoRA as LoRA
+    from inlay.methods.multi_head import MultiHead as MultiHead
+    from inlay.methods.p_tuning_v2 import PTuningV2 as PTuningV2
+    from inlay.methods.prefix import Prefix as Prefix
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
     from inlay.state import adapters as adapters
@@ -59,7 +62,10 @@ _HOME = {
     "LoRA": "inlay.methods.lora",
     "Method": "inlay.methods.base",
     "Mix": "inlay.methods.base",
+    "MultiHead": "inlay.methods.multi_head",
     "NF4": "inlay.quant",
+    "PTuningV2": "inlay.methods.p_tuning_v2",
+    "Prefix": "inlay.methods.prefix",
     "Replacement": "inlay.methods.base",
     "Site": "inlay.anatomy.base",
     "VirtualTokens": "inlay.methods.base",

@@ -205,6 +205,11 @@ def read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _fill(adapter: Adapter, tensors: dict[str, Tensor], training_state: bool, path: Path) -> None:
     _resize_heads(adapter, tensors)
     if training_state:
+        for key, piece in adapter.pieces.items():
+            # Saved by a piece that had dropped its reparametrisation before: take that form first.
+            dropped = {n: tensors[f"{key}.{n}"] for n in piece.stored_spec() if f"{key}.{n}" in tensors}
+            if dropped and not any(f"{key}.{n}" in tensors for n in piece.state_dict()):
+                piece.load_stored(dropped)
         own = adapter.state_dict()
         shared = own.keys() - _once(own).keys()
         wanted = {n: tuple(t.shape) for n, t in own.items() if n not in shared}
@@ -228,8 +233,10 @@ def _first_names(adapter: Adapter) -> dict[str, str]:
     """For each stored tensor, the name under which its storage is kept: its own, or that of the one it is tied to."""
     names: dict[str, str] = {}
     storages: dict[int, str] = {}
-    for key, piece in adapter.pieces.items():
-        for name, tensor in piece.stored().items():
+    # All at once: a piece may compute what it stores, and a freed tensor's address would look like a tied one.
+    stored = {key: piece.stored() for key, piece in adapter.pieces.items()}
+    for key, tensors in stored.items():
+        for name, tensor in tensors.items():
             names[f"{key}.{name}"] = storages.setdefault(_storage(tensor), f"{key}.{name}")
     return names
 

@@ -1,0 +1,149 @@
+"""The host on an attention module: more keys and values, and deltas on the heads' output.
+
+transformers' attention modules fetch their attention function by the name in `self.config`. A hosted module that has
+something to do reads another name there, `inlay`, and so calls `inlay.hosts.attend`, which calls the function that the
+config really names. Nothing else sees that name: masks are built, caches filled and names compared outside of the
+module as if no adapter were there, rows without extra keys keep their bits, a later `set_attn_implementation` is
+obeyed, and there is nothing to put back. A function that cannot take the keys is refused by name, never bypassed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from inlay.errors import AttachmentError, SiteError
+from inlay.hosts.attend import NAME, Acts, Function, Plan, attend, former
+from inlay.hosts.base import Host, Hosted
+from inlay.methods.base import ExtraKV, HeadDelta
+from inlay.route import Group
+
+
+class ModuleConfig:
+    """The config as a module with active pieces reads it: all as it is, but the name of the attention function."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, real: Any) -> None:
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_real":
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+
+class AttentionHost(Host):
+    """Serves `ExtraKV` and `HeadDelta` pieces.
+
+    Attributes:
+        functions: the attention interface of the file that defines the module's class.
+        eager: that file's own attention function, which the name "eager" stands for.
+        compared: the words that the class's forward holds as constants, among them names it compares.
+    """
+
+    functions: ClassVar[Any] = None
+    eager: ClassVar[Function | None] = None
+    compared: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "base" not in cls.__dict__:
+            return
+        function = inspect.unwrap(cls.base.forward)
+        code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        used: tuple[str, ...] = getattr(code, "co_names", ())
+        eager = next((n for n in used if n.endswith("eager_attention_forward")), "eager_attention_forward")
+        cls.functions = names.get("ALL_ATTENTION_FUNCTIONS")
+        cls.eager = staticmethod(names[eager]) if eager in names else None
+        cls.compared = frozenset(_words(getattr(code, "co_consts", ())))
+
+    @property
+    def config(self) -> Any:
+        """The module's config; while pieces are at work it names `attend` as the attention function."""
+        real = self.__dict__["config"]
+        return real if self._inlay.plan is None else ModuleConfig(real)
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = value
+
+    @classmethod
+    def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
+        """The pieces of each group at this attention, in the order in which the adapters are named."""
+        acts = tuple(_acts(state, g) for g in groups)
+        return Plan(acts, groups) if any(a.kv or a.heads for a in acts) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The frozen module's result with the active pieces applied."""
+        plan = self._inlay.plan
+        if not isinstance(plan, Plan):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        x = args[0] if args else kwargs.get("hidden_states")
+        plan.x = x if x is not None else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        plan.calls = 0
+        try:
+            result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            plan.x = None
+        if plan.calls != 1:
+            raise AttachmentError(_miscounted(self._inlay.path, plan.calls))
+        return result
+
+
+def _words(constants: Sequence[Any]) -> list[str]:
+    found = [c for c in constants if isinstance(c, str)]
+    return found + [s for c in constants if isinstance(c, tuple | frozenset) for s in c if isinstance(s, str)]
+
+
+def _acts(state: Hosted, group: Group) -> Acts:
+    pieces = [p.piece for name in group.names for p in state.placed.get(name, ())]
+    kv = tuple(p for p in pieces if isinstance(p, ExtraKV))
+    return Acts(group.rows, kv, tuple(p for p in pieces if isinstance(p, HeadDelta)))
+
+
+def _miscounted(path: str, calls: int) -> str:
+    if calls == 0:
+        return (
+            f"{path} did not call transformers' attention function in this forward pass, so its extra keys would have "
+            "been ignored. Use methods without prefixes there (LoRA, Bottleneck, ...), or leave these layers out."
+        )
+    return (
+        f"{path} called the attention function {calls} times in one forward pass, so it is not known which of the "
+        "calls extra keys belong to. Use methods without prefixes there."
+    )
+
+
+def enable(model: nn.Module) -> None:
+    """Makes sure that every hosted attention of a model can take extra keys.
+
+    Raises:
+        SiteError: an attention module does not fetch its function through transformers' attention interface.
+        AttachmentError: the attention function in use cannot take extra keys.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, AttentionHost):
+            if "config" not in module.__dict__ or module.functions is None:
+                raise SiteError(
+                    f"{path} ({type(module).__name__}) does not choose its attention function by its config, so keys "
+                    "cannot be added to it. Use methods without prefixes on this model (LoRA, Bottleneck, ...)."
+                )
+            former(module)
+
+
+def build_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """The mask builder of the function that a config really names, for modules that build masks themselves."""
+    real = config._real if isinstance(config, ModuleConfig) else config
+    return ALL_MASK_ATTENTION_FUNCTIONS[real._attn_implementation](*args, config=real, **kwargs)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, build_mask)
