@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from inlay.methods.base import citation as citation
     from inlay.methods.bitfit import BitFit as BitFit
     from inlay.methods.bottleneck import Bottleneck as Bottleneck
+    from inlay.methods.dora import DoRA as DoRA
     from inlay.methods.full import Full as Full
     from inlay.methods.full import HeadOnly as HeadOnly
+    from inlay.methods.ia3 import IA3 as IA3
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.multi_head import MultiHead as MultiHead
     from inlay.methods.p_tuning_v2 import PTuningV2 as PTuningV2
@@ -54,11 +56,13 @@ _HOME = {
     "BitFit": "inlay.methods.bitfit",
     "Bottleneck": "inlay.methods.bottleneck",
     "Delta": "inlay.methods.base",
+    "DoRA": "inlay.methods.dora",
     "ExtraKV": "inlay.methods.base",
     "FP4": "inlay.quant",
     "Full": "inlay.methods.full",
     "HeadDelta": "inlay.methods.base",
     "HeadOnly": "inlay.methods.full",
+    "IA3": "inlay.methods.ia3",
     "LoRA": "inlay.methods.lora",
     "Method": "inlay.methods.base",
     "Mix": "inlay.methods.base",
