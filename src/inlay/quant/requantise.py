@@ -1,0 +1,122 @@
+"""Store another dense weight in a leaf that is quantised, and say what that did to the change.
+
+A 4-bit grid is coarse beside an adapter's update: what rounding loses of it is measured, never guessed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import QuantizationError
+from inlay.quant.base import BlockQuantization
+from inlay.quant.bridge import four_bit_state, logical_shape
+from inlay.quant.format import to_tensors
+from inlay.quant.fp4 import FP4
+from inlay.quant.linear import Linear4
+from inlay.quant.model import pack
+from inlay.quant.nf4 import NF4
+
+_CONFIGS: dict[str, type[BlockQuantization]] = {"nf4": NF4, "fp4": FP4}
+_STORAGE = {torch.uint8: "uint8", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a quantised leaf held, bit for bit; `restore` puts it back."""
+
+    parameter: nn.Parameter
+    attributes: dict[str, Any] = field(repr=False)
+    int8: tuple[Any, Any] | None = field(default=None, repr=False)
+
+
+def requantise(module: nn.Module, dense_weight: Tensor) -> Stored:
+    """Replace the weight of a quantised leaf, in the format it has.
+
+    Args:
+        module: `Linear4`, or a `Linear4bit` or `Linear8bitLt` of bitsandbytes.
+        dense_weight: (out, in), any floating-point dtype.
+
+    Returns:
+        What the leaf held before, for `restore`.
+
+    Raises:
+        QuantizationError: another storage, another shape, values that are not finite.
+    """
+    shape = logical_shape(module)
+    if tuple(dense_weight.shape) != shape:
+        raise QuantizationError(f"a weight of shape {tuple(dense_weight.shape)} where {shape} is expected")
+    before = _snapshot(module)
+    four_bit = four_bit_state(module)
+    dense = dense_weight.detach().to(before.parameter.device)
+    if four_bit is not None:
+        packed, state = four_bit
+        nested = isinstance(module, Linear4) and state.nested is not None
+        if not isinstance(module, Linear4):
+            nested = bool(module.weight.compress_statistics)  # type: ignore[union-attr]
+        config = _CONFIGS[state.book.name](
+            double_quant=nested, block_size=state.block_size, storage=_STORAGE[packed.dtype]
+        )
+        packed, new = pack(dense, config)
+        new = replace(new, dtype=state.dtype)
+        if isinstance(module, Linear4):
+            module.store(packed, new)
+        else:
+            from bitsandbytes.nn import Params4bit
+
+            module.weight = Params4bit.from_prequantized(packed, to_tensors(new), device=packed.device, module=module)
+    elif before.int8 is not None:
+        from bitsandbytes.nn import Int8Params
+
+        if not bool(torch.isfinite(dense).all()):
+            raise QuantizationError("a weight with NaN or infinite values cannot be quantised")
+        weight = Int8Params(dense, requires_grad=False, has_fp16_weights=False)
+        module.weight = weight._quantize(dense.device)
+        module.state.CB = module.state.SCB = None  # type: ignore[union-attr]
+    else:
+        raise QuantizationError(
+            f"a {type(module).__name__} with a {type(module.weight).__name__} cannot be quantised again by inlay; "
+            "merge into a dense copy of the model instead"
+        )
+    return before
+
+
+def restore(module: nn.Module, stored: Stored) -> None:
+    """Put back what `requantise` replaced: the same tensors, so the same bits."""
+    module.weight = stored.parameter
+    for name, value in stored.attributes.items():
+        setattr(module, name, value)
+    if stored.int8 is not None:
+        module.state.CB, module.state.SCB = stored.int8  # type: ignore[union-attr]
+
+
+def damage(base: Tensor, delta: Tensor, result: Tensor) -> float:
+    """How much of an update rounding destroyed: ‖result − (base + delta)‖ / ‖delta‖ (Frobenius).
+
+    0 is a perfect merge. At 1 the error is as large as the update itself: the adapter is as good as lost.
+    """
+    size = delta.double().norm()
+    if size == 0:
+        return 0.0
+    return float((result.double() - base.double() - delta.double()).norm() / size)
+
+
+def _snapshot(module: nn.Module) -> Stored:
+    parameter = module.weight
+    assert isinstance(parameter, nn.Parameter)
+    if isinstance(module, Linear4):
+        names = ("absmax", "nested_absmax", "nested_offset", "quant_type", "block_size", "weight_dtype")
+        return Stored(parameter, {name: getattr(module, name) for name in names})
+    if "bitsandbytes" in sys.modules:
+        from bitsandbytes.nn import Int8Params, Params4bit
+
+        if isinstance(parameter, Params4bit):
+            return Stored(parameter, {"quant_state": module.quant_state})
+        if isinstance(parameter, Int8Params) and parameter.dtype == torch.int8:
+            state: Any = module.state
+            return Stored(parameter, {}, (state.CB, state.SCB))
+    return Stored(parameter, {})
