@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import QuantizationError
-from inlay.quant.base import BlockQuantization
+from inlay.quant.base import BlockQuantization, QuantState
+from inlay.quant.blockwise import NOT_FINITE
 from inlay.quant.bridge import four_bit_state, logical_shape
 from inlay.quant.format import to_tensors
 from inlay.quant.fp4 import FP4
@@ -22,7 +23,6 @@ from inlay.quant.model import pack
 from inlay.quant.nf4 import NF4
 
 _CONFIGS: dict[str, type[BlockQuantization]] = {"nf4": NF4, "fp4": FP4}
-_STORAGE = {torch.uint8: "uint8", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,42 @@ def requantise(module: nn.Module, dense_weight: Tensor) -> Stored:
     if tuple(dense_weight.shape) != shape:
         raise QuantizationError(f"a weight of shape {tuple(dense_weight.shape)} where {shape} is expected")
     before = _snapshot(module)
-    four_bit = four_bit_state(module)
     dense = dense_weight.detach().to(before.parameter.device)
+    four_bit = four_bit_state(module)
     if four_bit is not None:
-        packed, state = four_bit
-        nested = isinstance(module, Linear4) and state.nested is not None
-        if not isinstance(module, Linear4):
-            nested = bool(module.weight.compress_statistics)  # type: ignore[union-attr]
-        config = _CONFIGS[state.book.name](
-            double_quant=nested, block_size=state.block_size, storage=_STORAGE[packed.dtype]
-        )
-        packed, new = pack(dense, config)
-        new = replace(new, dtype=state.dtype)
-        if isinstance(module, Linear4):
-            module.store(packed, new)
-        else:
-            from bitsandbytes.nn import Params4bit
-
-            module.weight = Params4bit.from_prequantized(packed, to_tensors(new), device=packed.device, module=module)
+        _store_4bit(module, dense, *four_bit)
     elif before.int8 is not None:
-        from bitsandbytes.nn import Int8Params
-
-        if not bool(torch.isfinite(dense).all()):
-            raise QuantizationError("a weight with NaN or infinite values cannot be quantised")
-        weight = Int8Params(dense, requires_grad=False, has_fp16_weights=False)
-        module.weight = weight._quantize(dense.device)
-        module.state.CB = module.state.SCB = None  # type: ignore[union-attr]
+        _store_8bit(module, dense)
     else:
         raise QuantizationError(
             f"a {type(module).__name__} with a {type(module.weight).__name__} cannot be quantised again by inlay; "
             "merge into a dense copy of the model instead"
         )
     return before
+
+
+def _store_4bit(module: Any, dense: Tensor, packed: Tensor, state: QuantState) -> None:
+    # A forward of bitsandbytes on AVX512-BF16 forgets that the scales were nested; the parameter still knows.
+    nested = state.nested is not None or bool(getattr(module.weight, "compress_statistics", False))
+    cls, storage = _CONFIGS[state.book.name], str(packed.dtype).removeprefix("torch.")
+    new_packed, new = pack(dense, cls(double_quant=nested, block_size=state.block_size, storage=storage))
+    new = replace(new, dtype=state.dtype)
+    if isinstance(module, Linear4):
+        module.store(new_packed, new)
+    else:
+        from bitsandbytes.nn.modules import Params4bit
+
+        tensors = to_tensors(new)
+        module.weight = Params4bit.from_prequantized(new_packed, tensors, device=dense.device, module=module)
+
+
+def _store_8bit(module: Any, dense: Tensor) -> None:
+    from bitsandbytes.nn.modules import Int8Params
+
+    if not bool(torch.isfinite(dense).all()):
+        raise QuantizationError(NOT_FINITE)
+    module.weight = Int8Params(dense, requires_grad=False, has_fp16_weights=False)._quantize(dense.device)
+    module.state.CB = module.state.SCB = None
 
 
 def restore(module: nn.Module, stored: Stored) -> None:
@@ -112,7 +116,7 @@ def _snapshot(module: nn.Module) -> Stored:
         names = ("absmax", "nested_absmax", "nested_offset", "quant_type", "block_size", "weight_dtype")
         return Stored(parameter, {name: getattr(module, name) for name in names})
     if "bitsandbytes" in sys.modules:
-        from bitsandbytes.nn import Int8Params, Params4bit
+        from bitsandbytes.nn.modules import Int8Params, Params4bit
 
         if isinstance(parameter, Params4bit):
             return Stored(parameter, {"quant_state": module.quant_state})

@@ -16,6 +16,8 @@ from inlay.errors import QuantizationError, nearest
 from inlay.quant.base import BlockQuantization
 from inlay.quant.linear import Linear4
 
+_LINEAR = (nn.Linear, Conv1D, Linear4)
+
 # Dense parameters beyond embeddings, heads and what was skipped on purpose: above this share a warning says so.
 _UNEXPECTED_DENSE = 0.05
 
@@ -32,7 +34,7 @@ def select(model: nn.Module, config: BlockQuantization) -> tuple[dict[str, nn.Mo
     Raises:
         QuantizationError: a pattern matches no linear layer, the tied head was asked for, or nothing is left.
     """
-    linears = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D, Linear4)}
+    linears = {name: m for name, m in model.named_modules() if type(m) in _LINEAR}
     hosting = [name for name, m in model.named_modules() if "inlay" in m._modules]
     if hosting:
         raise QuantizationError(
@@ -94,6 +96,12 @@ def _patterns(dense: list[str], linears: Iterable[str]) -> list[str]:
     return [f"^{re.escape(name)}$" if name in wrong else name for name in dense]
 
 
+def dense_patterns(model: nn.Module) -> list[str]:
+    """Skip patterns for the linear layers that are dense now."""
+    linears = {name: type(m) for name, m in model.named_modules() if type(m) in _LINEAR}
+    return _patterns([name for name, cls in linears.items() if cls is not Linear4], linears)
+
+
 def config_entry(model: nn.Module, config: BlockQuantization, skip: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json with which transformers and bitsandbytes load the checkpoint."""
     dtype = config.compute_dtype or str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
@@ -111,13 +119,16 @@ def config_entry(model: nn.Module, config: BlockQuantization, skip: list[str]) -
 
 def warn_about_dense_rest(model: nn.Module, skip: list[str]) -> None:
     """Say what stays dense although nobody asked for it: fused experts, linear layers of other classes."""
-    known = (nn.Linear, Conv1D, Linear4, nn.Embedding)
     counted: dict[str, int] = {}
     total = 0
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             total += parameter.numel() * (2 if type(module) is Linear4 and key == "weight" else 1)
-            if type(module) not in known and _is_matrix(parameter) and not any(matches(p, name) for p in skip):
+            if (
+                type(module) not in (*_LINEAR, nn.Embedding)
+                and _is_matrix(parameter)
+                and not any(matches(p, name) for p in skip)
+            ):
                 path = f"{name}.{key} ({type(module).__name__})"
                 counted[path] = parameter.numel()
     dense = sum(counted.values())
