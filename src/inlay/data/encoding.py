@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 from inlay.data.encode_labels import LabelledEncoder, SpansEncoder, TaggedEncoder
 from inlay.data.encode_text import CausalEncoder, Seq2SeqEncoder
-from inlay.data.examples import Encoder
+from inlay.data.examples import Encoder, ids_of
 from inlay.data.formats import ANSWERING, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Format, ModelKind, detect
 from inlay.data.parse import parse
 from inlay.data.readers import Reader, names_of
-from inlay.data.rows import BadRows, Record, RowError
+from inlay.data.rows import BadRows, Chat, Labelled, Prompted, Record, RowError, Spans, Tagged
 from inlay.data.store import Counts, Making, Placed
 from inlay.errors import DataError
 
@@ -118,9 +119,9 @@ def making_of(
     progress: Progress,
     *,
     targets: bool = True,
-    unknown: int | None = None,
+    coverage: Coverage | None = None,
 ) -> Making:
-    """The examples of a reader, tokenized a chunk of rows at a time as they are taken; `unknown` is a token to count."""
+    """The examples of a reader, tokenized a chunk of rows at a time as they are taken."""
     counts = Counts(rows=len(reader))
     files: dict[str, int] = {}
 
@@ -134,11 +135,15 @@ def making_of(
         yield from encode(chunk)
         bad.raise_if_any()
         counts.skipped = bad.count
+        if coverage is not None:
+            coverage.tell(counts)
         counts.several = bool(getattr(encoder, "several", False))
 
     def encode(chunk: list[tuple[int, Record]]) -> Iterable[Placed]:
-        for (i, _), found in zip(chunk, encoder([record for _, record in chunk]) if chunk else [], strict=True):
+        for (i, record), found in zip(chunk, encoder([record for _, record in chunk]) if chunk else [], strict=True):
             file, line = reader.file(i), reader.line(i)
+            if coverage is not None:
+                coverage.see(record, f"{file}:{line}")
             if isinstance(found, RowError):
                 bad.add(file, line, found, reader.raw(i))
                 continue
@@ -149,10 +154,6 @@ def making_of(
                     counts.cut_tokens += example.cut
                     if len(counts.cut_first) < MOST_SHOWN:
                         counts.cut_first.append(f"{file}:{line}")
-                if unknown is not None and unknown in example.input_ids:
-                    counts.unknown += 1
-                    if len(counts.unknown_first) < MOST_SHOWN:
-                        counts.unknown_first.append(f"{file}:{line}")
                 if example.note:
                     counts.notes[example.note] = counts.notes.get(example.note, 0) + 1
                 yield Placed(example, i, files.setdefault(file, len(files)), line)
@@ -160,8 +161,48 @@ def making_of(
     return Making(placed(), counts, encoder.names, files)
 
 
-def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands for characters outside the vocabulary, where it stands for nothing else."""
-    number = tokenizer.unk_token_id
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    return number if isinstance(number, int) and number not in others else None
+class Coverage:
+    """Finds the characters of texts that a tokenizer has no token for; they vanish without a trace otherwise."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._bare = ids_of(tokenizer, ["a"])[0]
+        self._known: set[str] = set()
+        self._unknown: dict[str, None] = {}
+        self._rows = 0
+        self._first: list[str] = []
+
+    def see(self, record: Record, origin: str) -> None:
+        """Look at the characters of one record."""
+        characters = set().union(*texts_of(record))
+        new = sorted(characters - self._known - self._unknown.keys())
+        for character, ids in zip(new, ids_of(self._tokenizer, [f"a{character}" for character in new]), strict=True):
+            invisible = character.isspace() or category(character)[0] in "CM"
+            if not invisible and (ids == self._bare or self._tokenizer.unk_token_id in ids):
+                self._unknown[character] = None
+            else:
+                self._known.add(character)
+        if not characters.isdisjoint(self._unknown):
+            self._rows += 1
+            if len(self._first) < MOST_SHOWN:
+                self._first.append(origin)
+
+    def tell(self, counts: Counts) -> None:
+        """Write down what was found."""
+        counts.lossy, counts.lossy_first, counts.lost = self._rows, self._first, "".join(self._unknown)
+
+
+def texts_of(record: Record) -> list[str]:
+    """The texts in a record that become tokens."""
+    match record:
+        case Labelled():
+            return [record.text, record.pair or ""]
+        case Tagged():
+            return record.tokens
+        case Spans():
+            return [record.question, record.context]
+        case Prompted():
+            return [record.system or "", record.prompt, *record.references[:1]]
+        case Chat():
+            return [str(message["content"]) for message in record.messages]
+    return [record.text]

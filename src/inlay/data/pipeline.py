@@ -13,6 +13,7 @@ import numpy as np
 
 from inlay.data.encoded import Encoded, Mixture
 from inlay.data.encoding import (
+    Coverage,
     Progress,
     encoder_for,
     format_of,
@@ -20,7 +21,6 @@ from inlay.data.encoding import (
     max_length_of,
     records_of,
     sample_of,
-    unknown_token,
 )
 from inlay.data.formats import CAUSAL, Format, ModelKind, checked_task
 from inlay.data.labels import Labels, check_known, labels_of
@@ -212,7 +212,7 @@ class _Preparation:
         def make(folder: Path) -> Making:
             bad = BadRows(self.spec.on_bad_row, folder / "skipped.jsonl")
             encoder = encoder_for(form, self.tokenizer, self.max_length)
-            return making_of(reader, form, encoder, bad, self.progress, unknown=unknown_token(self.tokenizer))
+            return making_of(reader, form, encoder, bad, self.progress, coverage=Coverage(self.tokenizer))
 
         store, happened = open_or_make(self.cache_dir / key, make)
         if happened == "rebuilt":
@@ -229,9 +229,11 @@ class _Preparation:
         skipped.unlink(missing_ok=True)
         bad = BadRows(self.spec.on_bad_row, skipped)
         encoder = encoder_for(form, self.tokenizer, self.max_length, one_each=True)
+        coverage = Coverage(self.tokenizer)
         rows = []
         for number, record in records_of(reader, form, bad, self.progress, "checking"):
             rows.append(number)
+            coverage.see(record, f"{reader.file(number)}:{reader.line(number)}")
             if isinstance(record, Labelled) and record.label is not None:
                 for label in [record.label] if isinstance(record.label, str) else record.label:
                     encoder.names.setdefault(label, len(encoder.names))
@@ -241,7 +243,9 @@ class _Preparation:
         bad.raise_if_any()
         if bad.count:
             self.report.skipped_files.append(skipped)
-        return LazyStore(reader, np.asarray(rows, np.int64), lambda i: parse(reader.row(i), form), encoder, bad)
+        store = LazyStore(reader, np.asarray(rows, np.int64), lambda i: parse(reader.row(i), form), encoder, bad)
+        coverage.tell(store.counts)
+        return store
 
     def _encoded(self, stores: list[Store], task: str, labels: Labels, *, packing: bool) -> Encoded:
         if packing and task != CAUSAL:

@@ -114,11 +114,11 @@ class Report:
                     f"{name}: cut to max_length={self.max_length}: {_count(counts.cut, 'example')},"
                     f" {_count(counts.cut_tokens, 'token')} lost at the end (first: {first})"
                 )
-            if counts.unknown:
-                first = ", ".join(counts.unknown_first)
+            if counts.lossy:
+                first, lost = ", ".join(counts.lossy_first), " ".join(counts.lost[:20])
                 lines.append(
-                    f"{name}: {_count(counts.unknown, 'example')} with characters that the tokenizer does not know, which"
-                    f" are lost (first: {first})"
+                    f"{name}: the tokenizer does not know the characters {lost}, and they are lost in"
+                    f" {_count(counts.lossy, 'row')} (first: {first})"
                 )
             lines += [f"{name}: {count:,} {what}" for what, count in counts.notes.items()]
         lines += [f"bad rows are in {path}" for path in self.skipped_files]

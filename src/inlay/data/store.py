@@ -45,9 +45,11 @@ class Counts:
     cut_first: list[str] = field(default_factory=list)
     """where the first of them stand"""
     notes: dict[str, int] = field(default_factory=dict)
-    unknown: int = 0
-    """examples with characters that the tokenizer does not know"""
-    unknown_first: list[str] = field(default_factory=list)
+    lossy: int = 0
+    """rows with characters that the tokenizer does not know"""
+    lossy_first: list[str] = field(default_factory=list)
+    lost: str = ""
+    """the characters that are lost"""
     several: bool = False
     """rows have lists of classes"""
 
