@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from inlay.methods.base import citation as citation
     from inlay.methods.bitfit import BitFit as BitFit
     from inlay.methods.bottleneck import Bottleneck as Bottleneck
+    from inlay.methods.cell import Inlay as Inlay
     from inlay.methods.dora import DoRA as DoRA
     from inlay.methods.full import Full as Full
     from inlay.methods.full import HeadOnly as HeadOnly
     from inlay.methods.ia3 import IA3 as IA3
     from inlay.methods.lora import LoRA as LoRA
+    from inlay.methods.mam import MAM as MAM
     from inlay.methods.multi_head import MultiHead as MultiHead
     from inlay.methods.p_tuning_v2 import PTuningV2 as PTuningV2
     from inlay.methods.prefix import Prefix as Prefix
+    from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
     from inlay.state import adapters as adapters
@@ -63,7 +66,9 @@ _HOME = {
     "HeadDelta": "inlay.methods.base",
     "HeadOnly": "inlay.methods.full",
     "IA3": "inlay.methods.ia3",
+    "Inlay": "inlay.methods.cell",
     "LoRA": "inlay.methods.lora",
+    "MAM": "inlay.methods.mam",
     "Method": "inlay.methods.base",
     "Mix": "inlay.methods.base",
     "MultiHead": "inlay.methods.multi_head",
@@ -72,6 +77,7 @@ _HOME = {
     "Prefix": "inlay.methods.prefix",
     "Replacement": "inlay.methods.base",
     "Site": "inlay.anatomy.base",
+    "UniPELT": "inlay.methods.unipelt",
     "VirtualTokens": "inlay.methods.base",
     "adapters": "inlay.state",
     "anatomy": "inlay.anatomy",

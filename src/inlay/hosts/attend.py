@@ -23,6 +23,7 @@ from torch import Tensor
 from inlay.anatomy.probe import PROBE
 from inlay.errors import AttachmentError, SiteError
 from inlay.methods.base import ExtraKV, HeadDelta
+from inlay.padding import Padding
 from inlay.route import Group, Rows, join
 
 NAME = "inlay"
@@ -49,6 +50,7 @@ class Plan:
 
     groups: tuple[Acts, ...]
     joins: tuple[Group, ...]
+    padding: Padding | None = None
     x: Tensor | None = None
     calls: int = 0
 
@@ -125,9 +127,13 @@ def attend(
     inputs = Inputs(query, key, value, attention_mask, kwargs)
     if len(plan.groups) == 1:
         return _one(module, name, function, plan.groups[0], plan.x, inputs)
-    parts = [
-        _one(module, name, function, acts, acts.rows.take(plan.x), _rows(acts.rows, inputs)) for acts in plan.groups
-    ]
+    parts = []
+    for acts in plan.groups:
+        if plan.padding is not None:
+            plan.padding.rows = acts.rows
+        parts.append(_one(module, name, function, acts, acts.rows.take(plan.x), _rows(acts.rows, inputs)))
+    if plan.padding is not None:
+        plan.padding.rows = None
     return join(plan.joins, [out for out, _ in parts]), _join_weights(plan.joins, [weights for _, weights in parts])
 
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from inlay.errors import AttachmentError, SiteError
 from inlay.hosts.attend import NAME, Acts, Function, Plan, attend, former
-from inlay.hosts.base import Host, Hosted
+from inlay.hosts.base import Host, Hosted, padding_of
 from inlay.methods.base import ExtraKV, HeadDelta
 from inlay.route import Group
 
@@ -80,7 +80,7 @@ class AttentionHost(Host):
     def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
         """The pieces of each group at this attention, in the order in which the adapters are named."""
         acts = tuple(_acts(state, g) for g in groups)
-        return Plan(acts, groups) if any(a.kv or a.heads for a in acts) else None
+        return Plan(acts, groups, padding_of(state)) if any(a.kv or a.heads for a in acts) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""

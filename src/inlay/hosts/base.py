@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from inlay.anatomy.base import Site
 from inlay.errors import AttachmentError
 from inlay.methods.base import Piece
+from inlay.padding import Padding
 from inlay.route import Group
 
 
@@ -58,11 +59,18 @@ class Span:
 
 @dataclass(eq=False)
 class Placed:
-    """One piece at its site."""
+    """One piece at its site.
+
+    Attributes:
+        merged: it is folded into the weights and must not act a second time.
+        stale: it is relative to the frozen weights, and another adapter was merged into them since it was built.
+    """
 
     piece: Piece
     site: Site
     span: Span | None = None
+    merged: bool = False
+    stale: bool = False
 
 
 @dataclass(eq=False)
@@ -197,6 +205,11 @@ def remove(module: nn.Module, adapter: str) -> None:
     if module._inlay.empty:
         assert isinstance(module, nn.Module)
         release(module)
+
+
+def padding_of(state: Hosted) -> Padding | None:
+    """The model's padding, where a piece at this module needs to know it."""
+    return next((p.piece.padding for pieces in state.placed.values() for p in pieces if p.piece.needs_padding), None)
 
 
 def cast_like(tensor: Tensor, x: Tensor) -> Tensor:

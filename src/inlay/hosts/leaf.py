@@ -17,10 +17,10 @@ from torch import Tensor
 
 from inlay.anatomy.base import Columns
 from inlay.errors import AdapterError
-from inlay.hosts.base import Host, Hosted, Placed, Span
+from inlay.hosts.base import Host, Hosted, Placed, Span, padding_of
 from inlay.methods.base import Delta, Replacement
+from inlay.padding import Padding
 from inlay.route import Group, Rows, join
-
 
 Frozen = Callable[[Tensor], Any]
 
@@ -68,6 +68,7 @@ class Plan:
     opens: tuple[Span, ...]
     groups: tuple[Acts, ...]
     joins: tuple[Group, ...]
+    padding: Padding | None = None
 
 
 def take_columns(y: Tensor, columns: Columns) -> Tensor:
@@ -100,7 +101,7 @@ class LeafHost(Host):
             return None
         if len(groups) > 1:
             _refuse_routed(state, active)
-        return Plan(opens, acts, groups)
+        return Plan(opens, acts, groups, padding_of(state))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""
@@ -111,7 +112,10 @@ class LeafHost(Host):
 
 
 def _acts(state: Hosted, group: Group) -> Acts:
-    placed = [p for name in group.names for p in state.placed.get(name, ())]
+    everything = [p for name in group.names for p in state.placed.get(name, ())]
+    placed = [p for p in everything if not p.merged]
+    if placed and len(placed) < len(everything):
+        _refuse_beside_merged(state, everything)
     deltas = {
         tap: tuple(_act(p) for p in placed if isinstance(p.piece, Delta) and p.site.tap == tap)
         for tap in ("input", "through", "output")
@@ -126,6 +130,17 @@ def _acts(state: Hosted, group: Group) -> Acts:
             "contradicts itself. Give one of them other sites."
         )
     return Acts(group.rows, deltas["input"], replacement, deltas["through"], deltas["output"])
+
+
+def _refuse_beside_merged(state: Hosted, everything: list[Placed]) -> None:
+    """A weight with pieces in it gives what the pieces beside it gave, unless one of these ignores that weight."""
+    for placed in everything:
+        ignores = isinstance(placed.piece, Replacement) or placed.site.tap == "through" or placed.stale
+        if (ignores and not placed.merged) or (placed.merged and placed.site.tap == "input"):
+            raise AdapterError(
+                f"{state.path} holds a merged adapter, beside which a {type(placed.piece).__name__} of another would "
+                "not act as it does unmerged. Unmerge first, or use them one at a time."
+            )
 
 
 def _act(placed: Placed) -> Act:
@@ -190,6 +205,7 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
 
     xs = [g.rows.take(x) for g in plan.groups]
     for i, group in enumerate(plan.groups):
+        _serve(plan, group.rows)
         for act in group.entering:
             xs[i] = act(source(act, group.rows, xs[i]), xs[i])
     if any(g.entering for g in plan.groups):
@@ -199,6 +215,7 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
     parts = [g.rows.take(y) for g in plan.groups]
     for i, group in enumerate(plan.groups):
         rows, own = group.rows, group.replacement
+        _serve(plan, rows)
 
         def call(value: Tensor, rows: Rows = rows, own: Replacement | None = own) -> Tensor:
             if own is None:
@@ -217,8 +234,15 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
         frozen = parts[i]
         for act in group.leaving:
             parts[i] = act(source(act, group.rows, xs[i]), parts[i], frozen)
+    _serve(plan, None)
     y = join(plan.joins, parts)
     return y if more is None else (y, *more)
+
+
+def _serve(plan: Plan, rows: Rows | None) -> None:
+    """Tells pieces that average over tokens whose tokens they are given."""
+    if plan.padding is not None:
+        plan.padding.rows = rows
 
 
 def _fit(tensor: Tensor, entries: int) -> Tensor:

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy, Site
 from inlay.errors import MergeError, MethodError
+
+if TYPE_CHECKING:
+    from inlay.padding import Padding
 
 
 class Piece(nn.Module):
@@ -32,9 +35,12 @@ class Piece(nn.Module):
     Attributes:
         needs_frozen: Δ is relative to the frozen module's own output, so the host passes that as y even where another
             adapter acted before. Other deltas see y as the adapters before them left it.
+        needs_padding: the piece averages over tokens, so `padding` says which positions of its rows are real.
     """
 
     needs_frozen: ClassVar[bool] = False
+    needs_padding: ClassVar[bool] = False
+    padding: Padding
 
     def begin(self, total_steps: int) -> None:
         """Called once before the first optimizer step of a run, and again when it is resumed.
@@ -129,8 +135,11 @@ class ExtraKV(Piece, abc.ABC):
     """More keys and values for an attention module: prefix tuning and its relatives."""
 
     @abc.abstractmethod
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """k_BHPD, v_BHPD (B may be 1 where the rows share them) for the attention input x_BTI."""
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """k_BHPD, v_BHPD (B may be 1 where the rows share them) for the attention input x_BTI.
+
+        A third tensor, g_BT1, multiplies keys and values by a number for each query; a gate for each row needs none.
+        """
 
 
 class HeadDelta(Piece, abc.ABC):
@@ -138,13 +147,20 @@ class HeadDelta(Piece, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, q: Tensor) -> Tensor:
-        """Δ_BHTD for the projected queries q_BHTD, before they are scaled."""
+        """Δ_BHTD for the queries q_BHTD as the model's scores use them: projected, rotated, scaled."""
 
 
 class VirtualTokens(Piece, abc.ABC):
-    """Rows of a virtual vocabulary, served behind the real one: prompt tuning, P-tuning."""
+    """Rows of a virtual vocabulary, served behind the real one: prompt tuning, P-tuning.
+
+    Attributes:
+        length: P, the number of virtual tokens.
+        places: (at, count) of each run of them, for rows of ordinary ids: after `at` real tokens, or for at < 0 before
+            the last ~at of them. None where only ids that hold the virtual tokens can say.
+    """
 
     length: int
+    places: tuple[tuple[int, int], ...] | None = ()
 
     @abc.abstractmethod
     def forward(self) -> Tensor:
@@ -198,6 +214,14 @@ class Frozen:
     def keep(self) -> Frozen:
         """A view for a piece that needs the module for as long as it lives; copied and pickled with the model."""
         return Frozen(self._module, {}, self.path)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What an embedding gives for these ids, scaled as the model scales it; without pieces."""
+        from inlay.hosts.base import Host
+
+        cls: Any = type(self._module).base if isinstance(self._module, Host) else type(self._module)
+        with torch.no_grad():
+            return cls.forward(self._module, ids.to(self.device))  # type: ignore[no-any-return]
 
     def copy(self) -> nn.Module:
         """A trainable fp32 copy of the module. Tied parameters stay tied among the copies of one adapter."""
