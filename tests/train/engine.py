@@ -44,6 +44,9 @@ class HeadAdapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.head.named_parameters(prefix="head")
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.model.head.parameters()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {f"head.{k}": v for k, v in self.model.head.state_dict().items()}
 

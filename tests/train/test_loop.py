@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.engine import Batch, HeadAdapter, Rows, loop
 from safetensors.torch import load_file
 
 from inlay.errors import TrainingError
 from inlay.train.checkpoint import newest
+from train.engine import Batch, HeadAdapter, Rows, loop
 
 
 def records(run: Path, split: str = "train") -> list[dict[str, float]]:
@@ -216,6 +217,6 @@ class Recorded(Rows):
 def test_each_epoch_has_its_own_order_and_every_row_once():
     data = Recorded()
     loop(rows=data, num_train_epochs=2.0).fit()
-    first, second = sum(data.order[:7], []), sum(data.order[7:], [])
+    first, second = (list(itertools.chain(*part)) for part in (data.order[:7], data.order[7:]))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second

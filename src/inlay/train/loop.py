@@ -57,6 +57,8 @@ class Batches(Protocol):
 class Adapter(Protocol):
     """What the loop needs of the adapter that it trains."""
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -116,8 +118,8 @@ class Loop:
         self.stop = stop or StopRequest()
         self.run, self.identity = run, dict(identity or {})
         self.total_steps = total_steps(config, len(train), accelerator.num_processes)
-        self.parameters = [parameter for _, parameter in adapter.named_parameters()]
-        self.optimizer = build_optimizer(adapter.named_parameters(), config)
+        self.parameters = list(adapter.parameters())
+        self.optimizer = build_optimizer(adapter, config)
         name, rising = config.lr_scheduler_type or "linear", warmup_steps(config, self.total_steps)
         self.schedule = build_schedule(self.optimizer, name, rising, self.total_steps, dict(config.lr_scheduler_kwargs))
         self.model: nn.Module = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model

@@ -4,57 +4,48 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from inlay.config import RunConfig
 from inlay.errors import ConfigError
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-
-def parameter_groups(named: NamedParameters, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(adapter: Any, config: RunConfig) -> list[dict[str, Any]]:
     """Groups for the optimizer: matrices decay, vectors do not; LoRA+ gives every B its own learning rate.
 
-    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): lr(B) = ratio · lr(A).
-
     Raises:
-        ConfigError: `loraplus_lr_ratio` without any LoRA matrix B.
+        MethodError: `loraplus_lr_ratio` without any LoRA matrix B.
     """
-    rate, ratio = config.learning_rate, config.loraplus_lr_ratio
+    rate = config.learning_rate
     assert rate is not None, "the configuration was not resolved"
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in named:
+    rates = _rates(adapter, rate, config.loraplus_lr_ratio)
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for parameter in adapter.parameters():
         decays = parameter.ndim >= 2
-        raised = ratio is not None and _is_lora_b(name)
-        group = groups.setdefault(
-            (decays, raised),
-            {
-                "params": [],
-                "lr": rate * (ratio if raised and ratio is not None else 1.0),
-                "weight_decay": (config.weight_decay or 0.0) if decays else 0.0,
-            },
-        )
+        own = rates.get(id(parameter), rate)
+        decay = (config.weight_decay or 0.0) if decays else 0.0
+        group = groups.setdefault((decays, own), {"params": [], "lr": own, "weight_decay": decay})
         group["params"].append(parameter)
-    if ratio is not None and not any(raised for _, raised in groups):
-        raise ConfigError("loraplus_lr_ratio: the method has no LoRA matrices B to give another learning rate to")
     return list(groups.values())
 
 
-def _is_lora_b(name: str) -> bool:
-    return name.rpartition(".")[2] in ("B", "lora_B") or name.endswith(".B.weight")
+def _rates(adapter: Any, rate: float, ratio: float | None) -> dict[int, float]:
+    if ratio is None:
+        return {}
+    from inlay.methods.lora import param_groups
+
+    return {id(p): group["lr"] for group in param_groups(adapter, rate, ratio) for p in group["params"]}
 
 
-def build_optimizer(named: NamedParameters, config: RunConfig) -> torch.optim.Optimizer:
+def build_optimizer(adapter: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that `config.optim` names, over the adapter's parameters.
 
     Raises:
         ConfigError: an optimizer whose library is not installed.
     """
-    groups = parameter_groups(named, config)
+    groups = parameter_groups(adapter, config)
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     match config.optim:
         case "adamw_torch":

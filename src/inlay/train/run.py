@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 
 from inlay.config import RunConfig
 from inlay.config_loading import build_method, method_name
@@ -25,7 +26,7 @@ from inlay.train.evaluate import Evaluator
 from inlay.train.generate import Decoding
 from inlay.train.loop import Loop
 from inlay.train.metrics import MAIN
-from inlay.train.narrate import Narrator, escape
+from inlay.train.narrate import INDENT, Narrator, escape
 from inlay.train.progress import Display
 from inlay.train.samples import Samples, generation_metrics
 from inlay.train.session import Session, identity, open_session
@@ -162,6 +163,9 @@ class _Run:
             identity=identity(session, self.adapter),
         )
         loop.display.total = loop.total_steps
+        for piece in self.adapter.pieces.values():
+            if hasattr(piece, "begin"):  # a method with a schedule of its own
+                piece.begin(loop.total_steps)
         return loop
 
     def _begin(self, loop: Loop, start: Path | None, *, resume: bool) -> None:
@@ -222,11 +226,14 @@ class _Run:
         )
 
     def _show_example(self) -> None:
-        from inlay.data import show
+        from inlay.data.show import show_row
 
         if not self.narrator.quiet:
             self.narrator.fact("example", "as the model sees it; what is learned stands out")
-            self.narrator.console.print(show.example(self.session.prepared.train, 0, self.session.tokenizer))
+            console = self.narrator.console
+            marks = not (console.is_terminal and console.color_system)
+            row = show_row(self.session.prepared.train, 0, self.session.tokenizer, marks=marks)
+            console.print(Padding(row, (0, 0, 0, INDENT)))
 
     # -- after the loop -----------------------------------------------------------------------------------------------
 
