@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from inlay.hosts.model import ModelHost, hosts_rows
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
 from inlay.state import STATE, State, Use, adapters, known_name, require, state_of, use
+
+if TYPE_CHECKING:
+    from inlay.merge import MergeReport
 
 
 class Adapter:
@@ -90,7 +93,10 @@ class Adapter:
 
         Raises:
             FormatError: names or shapes differ; the message lists all of them.
+            AdapterError: the adapter is merged, so new values would not reach the weights.
         """
+        if self.merged:
+            raise AdapterError(f"adapter {self.name!r} is merged into the weights; unmerge() it before loading values.")
         own = self.state_dict()
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
@@ -120,12 +126,11 @@ class Adapter:
             return peft.save(self, Path(path), **options)
         raise FormatError(f"format={format!r} is not known: {nearest(format, ['native', 'peft'])}")
 
-    def merge(self, **options: Any) -> Adapter:
-        """Folds the adapter into the weights of the model: W ← W + ΔW. See `inlay.merge`."""
+    def merge(self, **options: Any) -> MergeReport:
+        """Folds the adapter into the weights of the model: W ← W + ΔW. Options and errors: `inlay.merge.merge`."""
         from inlay import merge
 
-        merge.merge(self, **options)
-        return self
+        return merge.merge(self, **options)
 
     def unmerge(self) -> Adapter:
         """Takes a merged adapter out again; every bit of the weights is as before."""
@@ -210,7 +215,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         AdapterError: there is no such adapter. AttachmentError: the model was wrapped since.
     """
     state = require(model)
-    names = list(state.adapters) if name is None else [name]
+    names = list(reversed(state.adapters)) if name is None else [name]
     for each in names:
         known_name(state, each)
         if state.adapters[each].merged:

@@ -22,6 +22,9 @@ from inlay.quant.bridge import is_quantized, weight_of
 PLAIN = {"Linear", "Linear4", "DenseLinear", "Linear4bit", "Linear8bitLt", "Conv1D", "Embedding", "LayerNorm"}
 """Classes of modules known to apply `weight` and `bias` as they are; others are tried out."""
 
+STORAGE = ("quant_state", "state", "quant_type", "block_size", "weight_dtype")
+"""Attributes in which quantised layers keep what decodes their weight."""
+
 
 class DenseLinear(nn.Linear):
     """Stands in for a quantised layer while a merged weight is kept dense: computes in the dtype of its weight."""
@@ -112,9 +115,7 @@ def fold(
     else:
         old_w = _readable(path, source, module)
         weight_OI = old_w.to(_high(old_w))
-        scale = _output_scale(source)
-        folded_OI, bias = _through(weight_OI * scale if scale != 1 else weight_OI, bias, deltas)
-        folded_OI = folded_OI if scale == 1 else weight_OI + (folded_OI - weight_OI * scale) / scale
+        folded_OI, bias = _through(weight_OI, bias, deltas)
         _store_weight(new, module, weight_OI, folded_OI, to, requantise)
     if bias is not None:
         _store_bias(new, module, bias)
@@ -230,15 +231,7 @@ def _store_weight(
         new.parameters["weight"] = nn.Parameter(exact, requires_grad=False)
         new.base = DenseLinear
     elif requantise:
-        from inlay.quant.requantise import requantise as again
-
-        try:
-            result = again(module, folded_OI)
-        except InlayError as error:
-            raise MergeError(f'{new.path}: {error}. merge(to="bf16") keeps a dense copy instead.') from error
-        new.parameters["weight"], exact = result.weight, result.dense
-        new.buffers |= result.buffers
-        new.attributes |= result.attributes
+        exact = _requantise(new, module, folded_OI)
     else:
         raise MergeError(
             f"{new.path} is stored quantised ({type(own).__name__}, {type(module).__name__}): a merge would be rounded "
@@ -247,6 +240,23 @@ def _store_weight(
         )
     error, delta = float((exact.to(folded_OI) - folded_OI).norm()), float((folded_OI - weight_OI).norm())
     new.damage = Damage(new.path, error, delta, float(weight_OI.norm()))
+
+
+def _requantise(new: Fold, module: nn.Module, folded_OI: Tensor) -> Tensor:
+    """Tries it on a copy, and takes what that came to hold."""
+    from inlay.quant.requantise import requantise as store
+
+    trial: Any = pristine_copy(module, {})
+    try:
+        store(trial, folded_OI)
+    except InlayError as error:
+        raise MergeError(f'{new.path}: {error}. merge(to="bf16") keeps a dense copy instead.') from error
+    new.parameters["weight"] = trial.weight
+    if getattr(trial.weight, "module", None) is trial:
+        trial.weight.module = module
+    new.buffers |= trial._buffers
+    new.attributes |= {n: trial.__dict__[n] for n in STORAGE if n in trial.__dict__}
+    return weight_of(trial)
 
 
 def _store_bias(new: Fold, module: nn.Module, bias_O: Tensor) -> None:

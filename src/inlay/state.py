@@ -30,14 +30,18 @@ class State:
     groups: tuple[Group, ...] = field(default_factory=lambda: everyone(()))
     batch: int | None = None
     fingerprint: dict[str, Any] | None = None
+    merged: list[str] = field(default_factory=list)
 
     def activate(self, groups: tuple[Group, ...], batch: int | None = None) -> None:
         """Makes these groups the route: every host plans once, no host decides anything during a forward pass.
 
-        All plans are made before any takes effect, so a refused route leaves the present one in force.
+        All plans are made before any takes effect, so a refused route leaves the present one in force. Merged adapters
+        are in the weights and so on every row, before all others.
         """
-        live = _without_merged(self, groups)
-        plans = [(module, type(module).host.make_plan(module._inlay, live)) for module in self._hosted()]
+        if self.merged:
+            first = tuple(self.merged)
+            groups = tuple(Group(first + tuple(n for n in g.names if n not in first), g.rows) for g in groups)
+        plans = [(module, type(module).host.make_plan(module._inlay, groups)) for module in self._hosted()]
         for module, plan in plans:
             module._inlay.plan = plan
         self.groups, self.batch = groups, batch
@@ -49,14 +53,6 @@ class State:
     def active(self) -> Names:
         """The adapters that act on at least one row."""
         return tuple(dict.fromkeys(name for g in self.groups for name in g.names))
-
-
-def _without_merged(state: State, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """A merged adapter is in the weights already; its linear pieces must not act a second time."""
-    merged = {name for name, adapter in state.adapters.items() if adapter.merged}
-    if not merged:
-        return groups
-    return tuple(Group(tuple(n for n in g.names if n not in merged), g.rows) for g in groups)
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -95,11 +91,24 @@ def use(model: nn.Module, rows: RowSpec | Sequence[RowSpec]) -> Use:
                 at = "" if group.rows.index is None else f" (row {group.rows.index[0]})"
                 at = f" (row {rows.index(name)})" if isinstance(rows, list) and name in rows else at
                 raise AdapterError(f"no adapter {name!r} on this model{at}: {nearest(name, state.adapters)}")
+    _refuse_without_merged(state, groups)
     before = state.groups, state.batch
     state.activate(groups, batch)
     if batch is not None:
         hosts_rows(model)
     return Use(state, before)
+
+
+def _refuse_without_merged(state: State, groups: tuple[Group, ...]) -> None:
+    """A merged adapter acts on every row, whatever is asked for; so a route must say that it does."""
+    count = len(state.merged)
+    for group in groups:
+        if set(group.names[:count]) != set(state.merged):
+            rows = "" if group.rows.index is None else f" (row {group.rows.index[0]})"
+            raise AdapterError(
+                f"use() was given {group.names or None!r}{rows}, but {tuple(state.merged)} are merged into the weights "
+                "and act on every row, before all others. Name them first in every row, or unmerge() them."
+            )
 
 
 class Use:
