@@ -54,7 +54,7 @@ def test_equals_rescaled_weights(family):
 @pytest.mark.parametrize("tap", ["attn.v", "ffn.down:input"])
 def test_gradient_of_l(tap):
     """∂L/∂l_i = Σ over tokens of y_i ∂L/∂(l y)_i, by central differences in fp64."""
-    model = tiny("qwen2", dtype=torch.float64)
+    model = tiny("gpt2", dtype=torch.float64)
     adapter = inlay.attach(model, inlay.IA3(sites=tap))
     randomise(adapter, 0.3)
     for p in adapter.parameters():
