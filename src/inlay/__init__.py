@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from inlay.anatomy import anatomy as anatomy
     from inlay.anatomy.base import Anatomy as Anatomy
     from inlay.anatomy.base import Site as Site
+    from inlay.methods.adalora import AdaLoRA as AdaLoRA
     from inlay.methods.base import Delta as Delta
     from inlay.methods.base import ExtraKV as ExtraKV
     from inlay.methods.base import HeadDelta as HeadDelta
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it. Where the name is that of the module, the module itself is meant.
 # A new name needs a line here, one above for type checkers, and one in tests/contracts/test_public_api.py.
 _HOME = {
+    "AdaLoRA": "inlay.methods.adalora",
     "Adapter": "inlay.adapter",
     "Anatomy": "inlay.anatomy.base",
     "BitFit": "inlay.methods.bitfit",

@@ -12,6 +12,7 @@ import pytest
 import inlay
 
 PUBLIC = [
+    "AdaLoRA",
     "Adapter",
     "Anatomy",
     "BitFit",
