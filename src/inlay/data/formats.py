@@ -72,7 +72,7 @@ _KNOWN: dict[str, list[tuple[tuple[str, ...], list[Tier]]]] = {
     ],
     "alpaca": [(("instruction",), [_tier("instruction")]), (("output",), [_tier("output"), _tier("response")])],
     "tagged": [
-        (("tokens",), [_tier("tokens"), _tier("words")]),
+        (("tokens",), [_tier("tokens"), _tier("words"), _tier("text,sentence")]),
         (("tags",), [_tier("tags"), _tier("ner_tags,labels,label,pos_tags,chunk_tags,slots,upos")]),
     ],
     "labelled": [
@@ -280,7 +280,7 @@ def _assignments(
         for role in form.optional:
             if column := next((left[name] for name in _OPTIONAL.get(role, ()) if name in left), None):
                 way.setdefault(role, column)
-        if len(set(way.values())) == len(way) and _shaped(kind, way, sample):
+        if len(set(way.values())) == len(way) and _shaped(kind, way, sample, targets):
             found.append({role: way[role] for role in form.required + form.optional if role in way})
     return found
 
@@ -300,7 +300,7 @@ def _matches(
     return []
 
 
-def _shaped(kind: str, roles: Mapping[str, str], sample: Sequence[Mapping[str, Any]]) -> bool:
+def _shaped(kind: str, roles: Mapping[str, str], sample: Sequence[Mapping[str, Any]], targets: bool) -> bool:
     """Whether the values have the shape that the roles need, by the first row that has one."""
 
     def first(role: str) -> Any:
@@ -313,7 +313,7 @@ def _shaped(kind: str, roles: Mapping[str, str], sample: Sequence[Mapping[str, A
     if kind == "chat":
         return listed("messages")
     if kind == "tagged":
-        return listed("tokens") and listed("tags")
+        return not targets or (listed("tokens") and listed("tags"))  # words to tag may come as a text
     if kind == "spans":
         return isinstance(first("answers"), (dict, list, type(None)))
     if kind == "prompted":

@@ -60,7 +60,9 @@ def _parts(
         yield str(tokenizer.decode(ids)), False
         if "labels" in row:
             target = (
-                tokenizer.decode(row["labels"]) if task == SEQ2SEQ else ", ".join(encoded.reference(i)) or "(no class)"
+                str(tokenizer.decode(row["labels"]))
+                if task == SEQ2SEQ
+                else ", ".join(encoded.reference(i)) or "(no class)"
             )
             yield "\n-> ", False
             yield target, True
