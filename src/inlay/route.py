@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.errors import AdapterError
@@ -79,6 +80,11 @@ def join(groups: Sequence[Group], parts: Sequence[Tensor]) -> Tensor:
     """Puts the groups' results back into the order of the batch."""
     if len(parts) == 1:
         return parts[0]
+    widths = {part.shape[-1] for part in parts}
+    if len(widths) > 1:
+        # Task heads of different width: the classes that a head does not have can never be chosen.
+        lowest = torch.finfo(parts[0].dtype).min
+        parts = [F.pad(part, (0, max(widths) - part.shape[-1]), value=lowest) for part in parts]
     whole = torch.cat(list(parts))
     order = [i for g in groups for i in (g.rows.index or ())]
     if order == sorted(order):

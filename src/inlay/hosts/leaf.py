@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.anatomy.base import Columns
 from inlay.errors import AdapterError
@@ -69,6 +69,23 @@ class Plan:
     groups: tuple[Acts, ...]
     joins: tuple[Group, ...]
     padding: Padding | None = None
+    together: tuple[Together, ...] = ()
+
+
+@dataclass(eq=False)
+class Together:
+    """The pieces of one kind at this module, of all groups, in one step."""
+
+    rows: nn.Module
+    columns: Columns | None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with each row's Δ added."""
+        if self.columns is None:
+            out: Tensor = self.rows(x, y)
+            return out
+        part = take_columns(y, self.columns)
+        return add_columns(y, self.rows(x, part) - part, self.columns)
 
 
 def take_columns(y: Tensor, columns: Columns) -> Tensor:
@@ -101,7 +118,8 @@ class LeafHost(Host):
             return None
         if len(groups) > 1:
             _refuse_routed(state, active)
-        return Plan(opens, acts, groups, padding_of(state))
+        together = _together(acts) if len(groups) > 1 and not opens else ()
+        return Plan(opens, acts, groups, padding_of(state), together)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""
@@ -141,6 +159,31 @@ def _refuse_beside_merged(state: Hosted, everything: list[Placed]) -> None:
                 f"{state.path} holds a merged adapter, beside which a {type(placed.piece).__name__} of another would "
                 "not act as it does unmerged. Unmerge first, or use them one at a time."
             )
+
+
+def _together(groups: tuple[Acts, ...]) -> tuple[Together, ...]:
+    """One step for each kind of piece, where every group has nothing but pieces whose class offers that."""
+    if any(g.entering or g.replacement or g.through or any(a.span for a in g.leaving) for g in groups):
+        return ()
+    slots: dict[tuple[type[Delta], Columns | None, int], dict[int, Delta]] = {}
+    for number, group in enumerate(groups):
+        seen: dict[tuple[type[Delta], Columns | None], int] = {}
+        for act in group.leaving:
+            kind = type(act.delta), act.columns
+            seen[kind] = seen.get(kind, -1) + 1
+            slots.setdefault((*kind, seen[kind]), {})[number] = act.delta
+    total = groups[0].rows.total
+    made = []
+    for (cls, columns, _), deltas in slots.items():
+        index = [-1] * total
+        for place, number in enumerate(deltas):
+            for row in groups[number].rows.index or ():
+                index[row] = place
+        rows = cls.together(list(deltas.values()), index)
+        if rows is None:
+            return ()
+        made.append(Together(rows, columns))
+    return tuple(made)
 
 
 def _act(placed: Placed) -> Act:
@@ -198,6 +241,13 @@ def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dic
 def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     total = plan.joins[0].rows.total
     x = _fit(x, total)
+    if plan.together:
+        plan.joins[0].rows.factor(x.shape[0])
+        y, more = _split(base(x))
+        for step in plan.together:
+            out = step(x, y)
+            y = out if out.dtype == y.dtype else out.to(y.dtype)
+        return y if more is None else (y, *more)
     sources = {id(a): a.span.take() for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
 
     def source(act: Act, rows: Rows, own: Tensor) -> Tensor:
