@@ -11,7 +11,9 @@ from torch import nn
 
 from inlay.errors import AdapterError, nearest
 from inlay.hosts.base import Host
+from inlay.hosts.embedding import Serving, serving
 from inlay.hosts.model import hosts_rows
+from inlay.padding import Padding
 from inlay.route import Group, Names, RowSpec, as_names, everyone, per_row
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class State:
     batch: int | None = None
     fingerprint: dict[str, Any] | None = None
     merged: list[str] = field(default_factory=list)
+    padding: Padding = field(default_factory=Padding)
+    serving: Serving | None = None
 
     def activate(self, groups: tuple[Group, ...], batch: int | None = None) -> None:
         """Makes these groups the route: every host plans once, no host decides anything during a forward pass.
@@ -44,6 +48,7 @@ class State:
         plans = [(module, type(module).host.make_plan(module._inlay, groups)) for module in self._hosted()]
         for module, plan in plans:
             module._inlay.plan = plan
+        self.serving = serving(plans)
         self.groups, self.batch = groups, batch
 
     def _hosted(self) -> Iterator[Any]:

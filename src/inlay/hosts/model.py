@@ -1,9 +1,13 @@
-"""The host on the model itself: it checks that a route with one entry per row fits the batch."""
+"""The host on the model itself: it checks that a route fits the batch, and puts virtual tokens into it.
+
+`forward` and `generate` keep their signatures, for trainers and `generate` read them.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,34 +19,116 @@ from inlay.route import Group
 class ModelHost(Host):
     """Swapped in as the model's class while rows of a batch may differ or virtual tokens are served."""
 
+    takes: ClassVar[tuple[str, ...]] = ()
+    """The names of the arguments of the model's own forward, in order."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own: Any = cls.__dict__.get("base")
+        if own is None:
+            return
+        cls.takes = _arguments(own.forward)
+
+        @functools.wraps(own.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _forward(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+        cls.forward = forward  # type: ignore[attr-defined]
+        if not hasattr(own, "generate"):
+            return
+
+        @functools.wraps(own.generate)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _generate(self, super().generate, args, kwargs)  # type: ignore[misc]
+
+        cls.generate = generate  # type: ignore[attr-defined]
+
     @classmethod
     def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Any:
         """The model itself carries no pieces."""
         del state, groups
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward, after the check."""
-        state = self.__dict__["_inlay_state"]
-        if state.batch is not None and not self.__dict__.get("_inlay_generating", False):
-            check_rows(state.batch, args, kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        make = super()._get_logits_processor  # type: ignore[misc]
+        job = self.__dict__.get("_inlay_job")
+        if job is None:
+            return make(*args, **kwargs)
+        from inlay.hosts.generation import text_processors
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate; inside it, beams repeat rows."""
-        state = self.__dict__["_inlay_state"]
-        if state.batch is not None:
-            check_rows(state.batch, args, kwargs)
-        self.__dict__["_inlay_generating"] = True
-        try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.__dict__.pop("_inlay_generating", None)
+        return text_processors(job, make, args, kwargs)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        job = self.__dict__.get("_inlay_job")
+        if job is None:
+            return made
+        from inlay.hosts.generation import text_criteria
+
+        return text_criteria(job, made)
 
     @staticmethod
     def leave(model: nn.Module) -> None:
         """Gives the model its own class back, if it is hosted."""
         if isinstance(model, ModelHost):
             model.__class__ = type(model).base  # type: ignore[assignment]
+
+
+def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state = model.__dict__["_inlay_state"]
+    generating = model.__dict__.get("_inlay_generating", False)
+    if state.batch is not None and not generating:
+        check_rows(state.batch, args, kwargs)
+
+    def run(**given: Any) -> Any:
+        state.padding.mask = given.get("attention_mask")
+        return frozen(**given)
+
+    serving = state.serving
+    if serving is None:
+        state.padding.mask = kwargs.get("attention_mask")
+        return frozen(*args, **kwargs)
+    given = _named(model.takes, args, kwargs)
+    if not generating:
+        from inlay.hosts import prompted
+
+        return prompted.run(model, run, given, serving)
+    serving.plan.absent = not model.__dict__["_inlay_job"].read(given)
+    try:
+        return run(**given)
+    finally:
+        serving.plan.absent = False
+
+
+def _generate(model: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Inside `generate`, beams repeat rows, and the steps after the first see only new tokens."""
+    state = model.__dict__["_inlay_state"]
+    if model.__dict__.get("_inlay_generating", False):
+        return base(*args, **kwargs)
+    if state.batch is not None:
+        check_rows(state.batch, args, kwargs)
+    model.__dict__["_inlay_generating"] = True
+    try:
+        if state.serving is None:
+            return base(*args, **kwargs)
+        from inlay.hosts import generation
+
+        return generation.run(model, base, _named(_arguments(base, bound=True), args, kwargs), state.serving)
+    finally:
+        model.__dict__.pop("_inlay_generating", None)
+        model.__dict__.pop("_inlay_job", None)
+
+
+def _arguments(function: Any, *, bound: bool = False) -> tuple[str, ...]:
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    names = tuple(n for n, p in inspect.signature(function).parameters.items() if p.kind in kinds)
+    return names if bound else names[1:]
+
+
+def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    if len(args) > len(names):
+        raise TypeError(f"forward() takes {len(names)} positional arguments but {len(args)} were given")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def check_rows(rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,16 +148,6 @@ def check_rows(rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 
 def hosts_rows(model: nn.Module) -> None:
-    """Makes a model a host, once. Its `forward` keeps its signature: trainers and `generate` read it."""
-    if isinstance(model, Host):
-        return
-    base = type(model)
-    cls = hosted_class(ModelHost, base)
-    if "forward" not in cls.__dict__:
-
-        @functools.wraps(base.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return ModelHost.forward(self, *args, **kwargs)
-
-        cls.forward = forward
-    model.__class__ = cls
+    """Makes a model a host, once."""
+    if not isinstance(model, Host):
+        model.__class__ = hosted_class(ModelHost, type(model))
