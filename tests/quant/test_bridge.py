@@ -23,9 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def bnb_linear4(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True) -> bnb.nn.Linear4bit:
     out, features = weight.shape
-    layer = bnb.nn.Linear4bit(
-        features, out, bias=False, quant_type=quant_type, compress_statistics=double_quant
-    )
+    layer = bnb.nn.Linear4bit(features, out, bias=False, quant_type=quant_type, compress_statistics=double_quant)
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type=quant_type, compress_statistics=double_quant, module=layer
     )

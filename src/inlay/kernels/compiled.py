@@ -51,10 +51,14 @@ def _load(source: Path) -> ctypes.CDLL:
     name = f"{source.stem}-{key}.so"
     folder = cache_folder()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         library = folder / name
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, source, library)
+        if library.exists():
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError as error:
+                log.info("%s is damaged and compiled anew: %s", library, error)
+        _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         log.info("cannot use %s: %s", folder, error)

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from inlay.quant.loading import load_quantized as load_quantized
     from inlay.quant.model import dequantize_model as dequantize_model
     from inlay.quant.model import quantize as quantize
-    from inlay.quant.requantise import Stored as Stored
-    from inlay.quant.requantise import damage as damage
-    from inlay.quant.requantise import requantise as requantise
-    from inlay.quant.requantise import restore as restore
+    from inlay.quant.replace import Stored as Stored
+    from inlay.quant.replace import damage as damage
+    from inlay.quant.replace import requantise as requantise
+    from inlay.quant.replace import restore as restore
 
 # These import transformers, which reading a weight does not need.
 _LAZY = {
     "Linear4": "inlay.quant.linear",
-    "Stored": "inlay.quant.requantise",
-    "damage": "inlay.quant.requantise",
+    "Stored": "inlay.quant.replace",
+    "damage": "inlay.quant.replace",
     "dequantize_model": "inlay.quant.model",
     "load_quantized": "inlay.quant.loading",
     "quantize": "inlay.quant.model",
-    "requantise": "inlay.quant.requantise",
-    "restore": "inlay.quant.requantise",
+    "requantise": "inlay.quant.replace",
+    "restore": "inlay.quant.replace",
 }
 
 __all__ = ["FP4", "NF4", "is_quantized", "logical_shape", "weight_of", *_LAZY]

@@ -56,9 +56,11 @@ def load_quantized(
         QuantizationError: no safetensors, a checkpoint quantised in another way, or settings that contradict it.
     """
     folder = _folder(path)
-    model_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-        folder, trust_remote_code=kwargs.get("trust_remote_code")
-    )
+    model_config = kwargs.pop("config", None)
+    if model_config is None:  # fields of the config among kwargs go there, as in from_pretrained
+        kept = {key: kwargs.pop(key) for key in ("dtype", "trust_remote_code") if key in kwargs}
+        model_config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kept, **kwargs)
+        kwargs |= kept
     cls, model_config = _model_class(auto_class, model_config, kwargs)
     stored = getattr(model_config, "quantization_config", None)
     settings: dict[str, Any] = {"quant_method": _METHOD}

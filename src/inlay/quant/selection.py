@@ -125,7 +125,7 @@ def warn_about_dense_rest(model: nn.Module, skip: list[str]) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             total += parameter.numel() * (2 if type(module) is Linear4 and key == "weight" else 1)
             if (
-                type(module) not in (*_LINEAR, nn.Embedding)
+                not isinstance(module, (*_LINEAR, nn.Embedding))
                 and _is_matrix(parameter)
                 and not any(matches(p, name) for p in skip)
             ):
