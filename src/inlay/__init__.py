@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from inlay.methods.p_tuning_v2 import PTuningV2 as PTuningV2
     from inlay.methods.prefix import Prefix as Prefix
     from inlay.methods.unipelt import UniPELT as UniPELT
+    from inlay.prefix_words import init_prefix_from_words as init_prefix_from_words
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
     from inlay.state import adapters as adapters
@@ -87,6 +88,7 @@ _HOME = {
     "citation": "inlay.methods.base",
     "detach": "inlay.adapter",
     "errors": "inlay.errors",
+    "init_prefix_from_words": "inlay.prefix_words",
     "load": "inlay.adapter",
     "use": "inlay.state",
 }

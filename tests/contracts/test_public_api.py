@@ -45,6 +45,7 @@ PUBLIC = [
     "citation",
     "detach",
     "errors",
+    "init_prefix_from_words",
     "load",
     "use",
 ]

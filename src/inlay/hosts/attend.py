@@ -117,6 +117,11 @@ def attend(
     if not isinstance(plan, Plan):
         return function(module, query, key, value, attention_mask, **kwargs)
     plan.calls += 1
+    if plan.calls > 1:
+        raise AttachmentError(
+            f"{module._inlay.path} calls its attention function more than once in a forward pass, so it is not known "
+            "which call extra keys belong to. Use methods without prefixes there (LoRA, Bottleneck, ...)."
+        )
     if name == PROBE:
         return function(module, query, key, value, attention_mask, **kwargs)
     if plan.x is None:

@@ -10,7 +10,8 @@ obeyed, and there is nothing to put back. A function that cannot take the keys i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -45,9 +46,9 @@ class AttentionHost(Host):
     """Serves `ExtraKV` and `HeadDelta` pieces.
 
     Attributes:
-        functions: the attention interface of the file that defines the module's class.
-        eager: that file's own attention function, which the name "eager" stands for.
-        compared: the words that the class's forward holds as constants, among them names it compares.
+        functions: the attention interface that the module's class uses.
+        eager: the attention function beside that class, which the name "eager" stands for.
+        compared: the words in the methods that read the function's name, among them those they compare it with.
     """
 
     functions: ClassVar[Any] = None
@@ -58,13 +59,16 @@ class AttentionHost(Host):
         super().__init_subclass__(**kwargs)
         if "base" not in cls.__dict__:
             return
-        function = inspect.unwrap(cls.base.forward)
-        code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-        used: tuple[str, ...] = getattr(code, "co_names", ())
-        eager = next((n for n in used if n.endswith("eager_attention_forward")), "eager_attention_forward")
-        cls.functions = names.get("ALL_ATTENTION_FUNCTIONS")
-        cls.eager = staticmethod(names[eager]) if eager in names else None
-        cls.compared = frozenset(_words(getattr(code, "co_consts", ())))
+        words: set[str] = set()
+        for function in _readers(cls.base):
+            names, used = function.__globals__, function.__code__.co_names
+            words |= _words(function.__code__.co_consts)
+            found = next((names[n] for n in used if isinstance(names.get(n), AttentionInterface)), None)
+            if found is not None and cls.functions is None:
+                eager = next((n for n in used if n.endswith("eager_attention_forward")), "eager_attention_forward")
+                cls.functions = found
+                cls.eager = staticmethod(names[eager]) if eager in names else None
+        cls.compared = frozenset(words)
 
     @property
     def config(self) -> Any:
@@ -94,32 +98,32 @@ class AttentionHost(Host):
             result = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             plan.x = None
-        if plan.calls != 1:
-            raise AttachmentError(_miscounted(self._inlay.path, plan.calls))
+        if plan.calls == 0:
+            raise AttachmentError(
+                f"{self._inlay.path} did not call transformers' attention function in this forward pass, so its extra "
+                "keys would have been ignored. Use methods without prefixes there (LoRA, Bottleneck, ...)."
+            )
         return result
 
 
-def _words(constants: Sequence[Any]) -> list[str]:
-    found = [c for c in constants if isinstance(c, str)]
-    return found + [s for c in constants if isinstance(c, tuple | frozenset) for s in c if isinstance(s, str)]
+def _readers(base: type[nn.Module]) -> Iterator[FunctionType]:
+    """The methods of a class that read the name of the attention function."""
+    for cls in base.__mro__:
+        for member in vars(cls).values():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and "_attn_implementation" in function.__code__.co_names:
+                yield function
+
+
+def _words(constants: Sequence[Any]) -> set[str]:
+    inner = [s for c in constants if isinstance(c, tuple | frozenset) for s in c]
+    return {c for c in (*constants, *inner) if isinstance(c, str)}
 
 
 def _acts(state: Hosted, group: Group) -> Acts:
     pieces = [p.piece for name in group.names for p in state.placed.get(name, ())]
     kv = tuple(p for p in pieces if isinstance(p, ExtraKV))
     return Acts(group.rows, kv, tuple(p for p in pieces if isinstance(p, HeadDelta)))
-
-
-def _miscounted(path: str, calls: int) -> str:
-    if calls == 0:
-        return (
-            f"{path} did not call transformers' attention function in this forward pass, so its extra keys would have "
-            "been ignored. Use methods without prefixes there (LoRA, Bottleneck, ...), or leave these layers out."
-        )
-    return (
-        f"{path} called the attention function {calls} times in one forward pass, so it is not known which of the "
-        "calls extra keys belong to. Use methods without prefixes there."
-    )
 
 
 def enable(model: nn.Module) -> None:

@@ -89,9 +89,18 @@ class PrefixKV(ExtraKV):
         self.b_2 = nn.Parameter(torch.empty(sum(widths), dtype=torch.float32))
         init_linear(self.W_2, self.b_2)
 
+    @property
+    def direct(self) -> bool:
+        """Whether P_k and P_v are the parameters themselves."""
+        return not self._trunk
+
+    def every_parameter(self) -> list[nn.Parameter]:
+        """What the prefix is computed from, the shared trunk included."""
+        return [*self.parameters(), *(p for trunk in self._trunk for p in trunk.parameters())]
+
     def prefix(self) -> tuple[Tensor, Tensor]:
         """P_k and P_v in fp32."""
-        if not self._trunk:
+        if self.direct:
             return self.P_k, self.P_v
         h = self._trunk[0]().to(self.W_2.device)
         both = F.linear(h, self.W_2, self.b_2)
@@ -99,7 +108,7 @@ class PrefixKV(ExtraKV):
         return k, v
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._trunk and torch.amp.is_autocast_available(x.device.type):
+        if not self.direct and torch.amp.is_autocast_available(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 k, v = self.prefix()
         else:
@@ -123,7 +132,7 @@ class PrefixKV(ExtraKV):
         wrong = {n: tuple(t.shape) for n, t in tensors.items() if n not in spec or t.shape != spec[n]}
         if wrong or tensors.keys() != spec.keys():
             raise FormatError(f"a prefix is P_k and P_v of shapes {dict(spec)}, not {wrong or sorted(tensors)}.")
-        like = self.W_2 if self._trunk else self.P_k
+        like = self.P_k if self.direct else self.W_2
         for name in ("trunk", "W_2", "b_2"):
             if hasattr(self, name):
                 delattr(self, name)
