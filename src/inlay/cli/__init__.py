@@ -10,8 +10,12 @@ import importlib
 import os
 import pkgutil
 import sys
+from typing import TYPE_CHECKING
 
 from inlay.errors import InlayError
+
+if TYPE_CHECKING:
+    import typer
 
 VERB_ORDER = ("demo", "train", "eval", "predict", "generate", "data", "inspect", "methods")
 """Verbs in the order in which a user meets them; others follow by name."""
@@ -43,7 +47,7 @@ def verbs() -> list[str]:
     return [v for v in VERB_ORDER if v in found] + sorted(found.difference(VERB_ORDER))
 
 
-def build(only: str | None = None) -> object:
+def build(only: str | None = None) -> typer.Typer:
     """The typer application, with every verb or, where `only` names one, with that one."""
     import typer
 

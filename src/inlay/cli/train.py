@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import typer
 
 SETTINGS = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
@@ -52,7 +54,7 @@ def _one_or_more(values: list[str] | None) -> str | list[str] | None:
     return values[0] if len(values) == 1 else values
 
 
-def run(words: list[str], flags: dict[str, object], *, quiet: bool, as_json: bool) -> None:
+def run(words: list[str], flags: Mapping[str, object], *, quiet: bool, as_json: bool) -> None:
     """Read the configuration, whole and strictly, before anything heavy is imported; then train."""
     from inlay.config_loading import load
 

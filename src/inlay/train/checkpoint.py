@@ -152,7 +152,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, *, adapter: Any, optimizer: torch.optim.Optimizer) -> tuple[RunState, dict[str, Any]]:
-    """Put a checkpoint's adapter, optimizer and random generators back; returns where the run stands and the whole state.
+    """Put a checkpoint's adapter, optimizer and random generators back; returns where the run stands and all state.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or was made by another adapter.

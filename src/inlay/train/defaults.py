@@ -1,7 +1,7 @@
-"""The settings that each method starts from. Settings move scores as much as the choice of method does, so they stand in one table.
+"""The settings that each method starts from, in one table: they move scores as much as the choice of method does.
 
-Peak learning rates are for AdamW. `understanding` is classification, regression, tagging and span extraction, where encoders
-of 20 to 400 M parameters are usual; `generation` is language modelling and sequence to sequence.
+Peak learning rates are for AdamW. `understanding` is classification, regression, tagging and span extraction, where
+encoders of 20 to 400 M parameters are usual; `generation` is language modelling and sequence to sequence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must not pass in silence: a batch with nothing to learn, a loss that is not a number, a tensor without gradient."""
+"""What must not pass in silence: nothing to learn in a batch, a loss that is no number, a tensor without gradient."""
 
 from __future__ import annotations
 

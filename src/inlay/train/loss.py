@@ -31,7 +31,7 @@ class Loss:
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor], task: str) -> Any:
     """The model's output without its own loss: labels stay here, except where the decoder's inputs are made of them."""
-    given = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
+    given: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
     if task == "seq2seq" and "decoder_input_ids" not in given:
         given["decoder_input_ids"] = _base(model).prepare_decoder_input_ids_from_labels(inputs["labels"])
     if task in ("causal-lm", "seq2seq"):
@@ -53,8 +53,8 @@ def _base(model: Any) -> Any:
 def loss_of(output: Any, inputs: Mapping[str, Tensor], task: str, smoothing: float = 0.0) -> Loss:
     """The loss of a model's output on a batch.
 
-    Cross-entropy for classes and tokens, the mean over classes of binary cross-entropy for sets of labels, squared error
-    for numbers, the mean of both ends' cross-entropy for spans. Targets of -100 do not count.
+    Cross-entropy for classes and tokens, the mean over classes of binary cross-entropy for sets of labels, squared
+    error for numbers, the mean of both ends' cross-entropy for spans. Targets of -100 do not count.
     """
     if task == "question-answering":
         return _span_loss(output, inputs, smoothing)

@@ -40,8 +40,8 @@ def estimate(
 ) -> Estimate:
     """The memory of one step on a batch like `inputs`.
 
-    Activations are what autograd keeps in a forward pass on the first row, times the rows: a lower bound that leaves out
-    what a kernel needs for itself.
+    Activations are what autograd keeps in a forward pass on the first row, times the rows: a lower bound that leaves
+    out what a kernel needs for itself.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     rows = len(next(iter(inputs.values())))

@@ -7,15 +7,26 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from inlay.config import RunConfig
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, nearest
 
-if TYPE_CHECKING:
-    from inlay.data import Prepared
+
+class Purpose(Protocol):
+    """What a model is for; `inlay.data.Prepared` is one."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def labels(self) -> list[str] | None: ...
+
+    @property
+    def multi_label(self) -> bool: ...
+
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -88,7 +99,7 @@ def kind_of(model_config: Any) -> ModelKind:
     return "decoder" if writes or getattr(model_config, "is_decoder", False) else "encoder"
 
 
-def load_model(config: RunConfig, prepared: Prepared, tokenizer: Any, device: torch.device) -> Any:
+def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torch.device) -> Any:
     """The base model with a head for the task, its weights as `dtype` and `quantization` say.
 
     Raises:
@@ -96,15 +107,15 @@ def load_model(config: RunConfig, prepared: Prepared, tokenizer: Any, device: to
     """
     import transformers
 
-    task, extra = prepared.task, dict[str, Any]()
+    task, extra = purpose.task, dict[str, Any]()
     if task in ("sequence-classification", "token-classification"):
-        names = list(prepared.labels or ())
+        names = list(purpose.labels or ())
         extra = {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
         }
-        if prepared.multi_label:
+        if purpose.multi_label:
             extra["problem_type"] = "multi_label_classification"
     elif task == "regression":
         extra = {"num_labels": 1, "problem_type": "regression"}
@@ -126,6 +137,22 @@ def load_model(config: RunConfig, prepared: Prepared, tokenizer: Any, device: to
         storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization]
         inlay.quantize(model, storage(double_quant=config.double_quant is not False))
     return model.to(device)
+
+
+def load_any(config: RunConfig, task: str | None = None) -> Any:
+    """A model with the head for a task, or with the one that it was published with.
+
+    Raises:
+        ConfigError: no such model or task.
+    """
+    import transformers
+
+    if task is not None and task not in AUTO:
+        raise ConfigError(f"task is {task!r}; {nearest(task, AUTO)}")
+    own = getattr(transformers, (load_config(config).architectures or [""])[0], None)
+    cls = getattr(transformers, AUTO[task]) if task is not None else own or transformers.AutoModel
+    with _told(config.model, task or ""), _quiet():
+        return cls.from_pretrained(source_of(config.model), revision=config.revision).eval()
 
 
 def _dtype(config: RunConfig, device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,11 @@ def cell(metrics: Mapping[str, float], name: str, results: Mapping[str, Mapping[
     return f"[bold]{text}[/]" if metrics[name] == best and len(values) > 1 else text
 
 
+def title_of(method: Any) -> str:
+    """What a method is called in tables: `LoRA`, or `LoRA+Prefix` for a mix."""
+    return "+".join(type(part).__name__ for part in method.parts)
+
+
 def escape(text: str) -> str:
     """Text in which rich sees no markup."""
     from rich.markup import escape as rich_escape
@@ -133,6 +138,3 @@ def escape(text: str) -> str:
 
 def _few(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
-
-
-Say = Callable[[str], None]

@@ -26,7 +26,7 @@ from inlay.train.evaluate import Evaluator
 from inlay.train.generate import Decoding
 from inlay.train.loop import Loop
 from inlay.train.metrics import MAIN
-from inlay.train.narrate import INDENT, Narrator, escape
+from inlay.train.narrate import INDENT, Narrator, escape, title_of
 from inlay.train.progress import Display
 from inlay.train.samples import Samples, generation_metrics
 from inlay.train.session import Session, identity, open_session
@@ -239,7 +239,7 @@ class _Run:
 
     def _finish(self, loop: Loop, state: RunState) -> Result:
         result = Result(self.run, state, trained_parameters=self.adapter.trained_parameters)
-        title = self._title()
+        title = title_of(self.adapter.method)
         use_best = self.config.load_best_model_at_end and state.best_step is not None
         if self.main:
             self._keep_adapter(use_best=use_best)
@@ -290,9 +290,6 @@ class _Run:
         return generation_metrics(
             session.model, session.tokenizer, encoded, config.generation_eval_rows, decoding, session.autocast
         )
-
-    def _title(self) -> str:
-        return "+".join(type(part).__name__ for part in self.adapter.method.parts)
 
     def _commands(self) -> list[str]:
         run, name = shlex.quote(str(self.run)), shlex.quote(str(self.run / "adapter"))
