@@ -62,6 +62,20 @@ class Fold:
     damage: Damage | None = None
 
 
+class Version:
+    """The version counter of a tensor. Copies of a tensor count anew, so a copy or a pickle of this knows none."""
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self.count = None if tensor is None else tensor._version
+
+    def passed(self, tensor: Tensor) -> bool:
+        """Whether the tensor was written to since."""
+        return self.count is not None and tensor._version != self.count
+
+    def __reduce__(self) -> tuple[type[Version], tuple[()]]:
+        return Version, ()
+
+
 @dataclass(eq=False)
 class Saved:
     """What a module was, and the tensors that stand there instead, with their versions."""
@@ -71,7 +85,7 @@ class Saved:
     buffers: dict[str, Tensor | None]
     attributes: dict[str, Any]
     added: tuple[str, ...]
-    installed: dict[str, tuple[nn.Parameter, torch.dtype, int]]
+    installed: dict[str, tuple[nn.Parameter, torch.dtype, Version]]
 
 
 @torch.no_grad()
@@ -244,7 +258,7 @@ def _store_weight(
 
 def _requantise(new: Fold, module: nn.Module, folded_OI: Tensor) -> Tensor:
     """Tries it on a copy, and takes what that came to hold."""
-    from inlay.quant.requantise import requantise as store
+    from inlay.quant.replace import requantise as store
 
     trial: Any = pristine_copy(module, {})
     try:
@@ -314,7 +328,7 @@ def install(module: nn.Module, new: Fold) -> Saved:
         buffers=dict(module._buffers),
         attributes={n: module.__dict__[n] for n in new.attributes if n in module.__dict__},
         added=tuple(n for n in new.attributes if n not in module.__dict__),
-        installed={n: (p, p.dtype, p._version) for n, p in new.parameters.items()},
+        installed={n: (p, p.dtype, Version(p)) for n, p in new.parameters.items()},
     )
     if new.base is not None:
         module.__class__ = hosted_class(cls.host, new.base)
@@ -327,7 +341,7 @@ def install(module: nn.Module, new: Fold) -> Saved:
 def changed(module: nn.Module, saved: Saved) -> bool:
     """Whether something else put other tensors or values, or another class, in the place of the merged ones."""
     return not is_intact(module) or any(
-        module._parameters.get(n) is not p or p._version > version for n, (p, _, version) in saved.installed.items()
+        module._parameters.get(n) is not p or version.passed(p) for n, (p, _, version) in saved.installed.items()
     )
 
 

@@ -112,7 +112,7 @@ def merge(
         raise MergeError(
             f"{state.merged} are merged and may be taken out again; unmerge them, or merge them permanently."
         )
-    dtype = _dtype(to)
+    dtype = dtype_of(to)
     if dtype is not None and requantise:
         raise MergeError("to= keeps a dense copy and requantise=True a quantised one; choose one of them.")
     from inlay.formats.native import base_of
@@ -168,7 +168,12 @@ def _attached(adapter: Adapter) -> State:
     return state
 
 
-def _dtype(to: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(to: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that `to` names.
+
+    Raises:
+        MergeError: it names none.
+    """
     if to is None or isinstance(to, torch.dtype):
         if to is not None and to not in DTYPES.values():
             raise MergeError(f"to={to} is no dtype for a dense weight; {', '.join(DTYPES)} are.")
