@@ -5,30 +5,19 @@ Legend: B batch, T tokens, I / O features entering / leaving a site, R rank.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay import stepping
 from inlay.anatomy.base import Columns, Site
+from inlay.memo import Memo, versions
 from inlay.methods.base import Delta, Frozen
 from inlay.methods.lora import Init, LowRank, embedding_factors, factors
 
 # Rows of W are read in fp32 this many values at a time, so that a bf16 or quantised W is never held whole in fp32.
 CHUNK = 1 << 24
-
-
-class Memo:
-    """Remembers one value for as long as its key stays equal. A copy or a pickle starts empty."""
-
-    def __init__(self) -> None:
-        self.key: tuple[object, ...] | None = None
-        self.value: Any = None
-
-    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
-        return Memo, ()
 
 
 class DoRADelta(Delta):
@@ -42,8 +31,8 @@ class DoRADelta(Delta):
 
     An embedding's W maps one-hot rows: I is the vocabulary and x holds ids.
 
-    n is kept until A, B or W changes: by their version counters, by every step of any optimizer, and by where they lie
-    in memory. What escapes that is writing to `A.data` by hand in place; write to A under `torch.no_grad()` instead.
+    n is kept until A, B or W changes. What escapes that is writing to `A.data` by hand in place; write to A under
+    `torch.no_grad()` instead.
     """
 
     needs_frozen = True
@@ -55,11 +44,10 @@ class DoRADelta(Delta):
         self.embedding = site.kind == "embedding"
         self.raised = () if self.embedding else ("B",)
         self.A, self.B = embedding_factors(site, rank) if self.embedding else factors(site, rank, init)
-        self._base, self._norm = Memo(), Memo()
+        self._base, self._norm = Memo[Tensor](), Memo[Tensor]()
         on_meta = self.frozen.device.type == "meta"
         m_O = torch.empty(site.out_features, dtype=torch.float32) if on_meta else root(self._base_O(self._weight()))
         self.m = nn.Parameter(m_O.clone())
-        stepping.start()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         ratio_O, bias_O = self.m / self.norm(), self._bias()
@@ -76,15 +64,7 @@ class DoRADelta(Delta):
 
     def norm(self) -> Tensor:
         """n of shape (O,), fp32, without gradient."""
-        # Inside a compiled graph nothing is kept: a version counter is no constant that a graph may rely on.
-        if torch.compiler.is_compiling():
-            return self._norm_O()
-        key = (self.frozen.version, stepping.count(), *((p.data_ptr(), p._version, p.device) for p in (self.A, self.B)))
-        if self._norm.key != key:
-            self._norm.value = self._norm_O()
-            self._norm.key = key
-        value: Tensor = self._norm.value
-        return value
+        return self._norm.get((*self.frozen.version, *versions(self.A, self.B)), self._norm_O)
 
     def _norm_O(self) -> Tensor:
         # A tensor made in inference mode could not be used by a later backward pass. Autocast would round it.
@@ -97,14 +77,7 @@ class DoRADelta(Delta):
 
     def _base_O(self, weight_OI: Tensor) -> Tensor:
         """‖W‖² of each row, fp32."""
-        if torch.compiler.is_compiling():
-            return squares(weight_OI)
-        key = self.frozen.version
-        if self._base.key != key:
-            self._base.value = squares(weight_OI)
-            self._base.key = key
-        value: Tensor = self._base.value
-        return value
+        return self._base.get(self.frozen.version, lambda: squares(weight_OI))
 
     def _weight(self) -> Tensor:
         return rows(self.frozen.weight(), self.columns)
