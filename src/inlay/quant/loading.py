@@ -58,7 +58,7 @@ def load_quantized(
     folder = _folder(path)
     model_config = kwargs.pop("config", None)
     if model_config is None:  # fields of the config among kwargs go there, as in from_pretrained
-        kept = {key: kwargs.pop(key) for key in ("dtype", "trust_remote_code") if key in kwargs}
+        kept: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "trust_remote_code") if key in kwargs}
         model_config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kept, **kwargs)
         kwargs |= kept
     cls, model_config = _model_class(auto_class, model_config, kwargs)
