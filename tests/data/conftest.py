@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE with a chat template or without, WordPiece, and one that loses characters."""
+"""Tokenizers made on the spot: bytes with and without a chat template, WordPiece, one that loses characters."""
 
 from __future__ import annotations
 

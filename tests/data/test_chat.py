@@ -20,10 +20,8 @@ END = "{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}"
 MARKED = (
     BEGIN + "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-    + END
-    + PROMPT
-    + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}" + END + PROMPT + "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Reasoning stays in the last answer only, which always begins with it.
 REWRITING = (
@@ -124,7 +122,8 @@ def test_tools_reach_the_template(chat_tok: Make) -> None:
     template = "{% if tools %}{{ tools[0]['name'] + '\n' }}{% endif %}" + THINKING
     conversation = Chat(chat("Hi", "Ho").messages, [False, True], [{"name": "search"}])
     (turn,) = ChatTemplate(chat_tok(template)).turns(conversation)
-    assert turn.text.startswith("search\n") and turn.prompt.startswith("search\n")
+    assert turn.text.startswith("search\n")
+    assert turn.prompt.startswith("search\n")
 
 
 def test_without_template_a_plain_one_is_used(bytes_tok: PreTrainedTokenizerBase) -> None:

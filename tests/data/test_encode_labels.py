@@ -30,9 +30,11 @@ def test_texts_and_classes(pieces_tok: PreTrainedTokenizerBase) -> None:
     good, bad, again = encode(
         encoder, Labelled("a good film", None, "good"), Labelled("bad", None, "bad"), Labelled("good", None, "good")
     )
-    assert encoder.names == {"good": 0, "bad": 1} and not encoder.several
+    assert encoder.names == {"good": 0, "bad": 1}
+    assert not encoder.several
     assert (good.labels, bad.labels, again.labels) == ([0], [1], [0])
-    assert pieces_tok.decode(good.input_ids) == "[CLS] a good film [SEP]" and good.token_type_ids is None
+    assert pieces_tok.decode(good.input_ids) == "[CLS] a good film [SEP]"
+    assert good.token_type_ids is None
     assert good.references == ["good"]
 
 
@@ -45,13 +47,16 @@ def test_pairs_have_token_types(pieces_tok: PreTrainedTokenizerBase) -> None:
 def test_of_two_texts_the_longer_loses_its_end(pieces_tok: PreTrainedTokenizerBase) -> None:
     (example,) = encode(LabelledEncoder(pieces_tok, 7), Labelled("the fox", "the dog and the sea and the day", "x"))
     assert pieces_tok.decode(example.input_ids) == "[CLS] the fox [SEP] the dog [SEP]"
-    assert example.cut == 6 and len(example.token_type_ids or []) == 7
+    assert example.cut == 6
+    assert len(example.token_type_ids or []) == 7
 
 
 def test_several_classes(pieces_tok: PreTrainedTokenizerBase) -> None:
     encoder = LabelledEncoder(pieces_tok, 60)
     first, none = encode(encoder, Labelled("a", None, ("x", "y")), Labelled("b", None, ()))
-    assert encoder.several and first.labels == [0, 1] and none.labels == []
+    assert encoder.several
+    assert first.labels == [0, 1]
+    assert none.labels == []
 
 
 @given(st.lists(st.sampled_from(["fox", "lazy", "Smith", "2020!", "😀", "é", "\u200b", "X1"]), min_size=1, max_size=6))
@@ -81,7 +86,8 @@ def test_a_sentence_too_long_keeps_its_first_tags(pieces_tok: PreTrainedTokenize
     words = ["the", "quick", "brown", "fox"]
     (example,) = encode(TaggedEncoder(pieces_tok, 4), Tagged(words, ["A", "B", "C", "D"]))
     assert pieces_tok.decode(example.input_ids) == "[CLS] the quick [SEP]"
-    assert example.references == ["A", "B"] and example.cut > 0
+    assert example.references == ["A", "B"]
+    assert example.cut > 0
 
 
 def test_spans_are_tokens(pieces_tok: PreTrainedTokenizerBase) -> None:
@@ -91,7 +97,8 @@ def test_spans_are_tokens(pieces_tok: PreTrainedTokenizerBase) -> None:
     start, end = example.labels or []
     assert pieces_tok.decode(example.input_ids[start : end + 1]) == "new york"
     (none,) = encode(SpansEncoder(pieces_tok, 60), Spans("the user ?", context, [], []))
-    assert none.labels == [0, 0] and none.references == [""]
+    assert none.labels == [0, 0]
+    assert none.references == [""]
 
 
 @pytest.mark.parametrize(
@@ -102,4 +109,5 @@ def test_an_answer_that_is_cut_away_is_an_error(
 ) -> None:
     context = "John Smith went to New York with Ann"
     (found,) = SpansEncoder(pieces_tok, max_length)([Spans("the user ?", context, ["Ann"], [context.index("Ann")])])
-    assert isinstance(found, RowError) and words in str(found)
+    assert isinstance(found, RowError)
+    assert words in str(found)

@@ -34,7 +34,8 @@ def answer_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
 
 def well_formed(example: Example) -> None:
     """Labels are the tokens themselves or masked, the first always is, and something is learned."""
-    assert example.labels is not None and len(example.labels) == len(example.input_ids)
+    assert example.labels is not None
+    assert len(example.labels) == len(example.input_ids)
     assert all(label in (MASKED, token) for label, token in zip(example.labels, example.input_ids, strict=True))
     assert example.labels[0] == MASKED
     assert any(label != MASKED for label in example.labels)
@@ -125,7 +126,8 @@ def test_only_the_ends_of_a_document_are_marked(words_tok: PreTrainedTokenizerBa
     bos, eos = words_tok.bos_token_id, words_tok.eos_token_id
     middle = encode(words_tok, Document("the dog and the fox", first=False, last=False))[0].input_ids
     whole = encode(words_tok, Document("the dog and the fox"))[0].input_ids
-    assert bos not in middle and eos not in middle
+    assert bos not in middle
+    assert eos not in middle
     assert whole == [bos, *middle, eos]
 
 
@@ -134,7 +136,8 @@ def test_a_cut_answer_is_counted_and_one_cut_away_is_an_error(bytes_tok: PreTrai
     (whole,) = encode(bytes_tok, prompted(prompt, "jumps over the lazy dog"))
     before = len(whole.prompt_ids)
     (cut,) = encode(bytes_tok, prompted(prompt, "jumps over the lazy dog"), before + 2)
-    assert len(cut.input_ids) == before + 2 and cut.cut == len(whole.input_ids) - before - 2
+    assert len(cut.input_ids) == before + 2
+    assert cut.cut == len(whole.input_ids) - before - 2
     (error,) = CausalEncoder(bytes_tok, before)([prompted(prompt, "jumps over the lazy dog")])
     assert isinstance(error, RowError)
     assert f"answer begins at token {before + 1} of {len(whole.input_ids)}" in str(error)
@@ -143,7 +146,8 @@ def test_a_cut_answer_is_counted_and_one_cut_away_is_an_error(bytes_tok: PreTrai
 def test_to_generate_only_the_prompt_is_encoded(bytes_tok: PreTrainedTokenizerBase, chat_tok: Make) -> None:
     (plain,) = encode(bytes_tok, prompted("the fox", "jumps"), targets=False)
     assert bytes_tok.decode(plain.prompt_ids) == "the fox\n"
-    assert plain.labels is None and plain.references == ["jumps"]
+    assert plain.labels is None
+    assert plain.references == ["jumps"]
     (chat,) = encode(chat_tok(), prompted("the fox"), targets=False)
     assert chat_tok().decode(chat.prompt_ids).endswith("the fox<|im_end|>\n<|im_start|>assistant\n")
 
@@ -163,7 +167,8 @@ def test_sources_and_targets(pieces_tok: PreTrainedTokenizerBase) -> None:
     assert example.references == ["jumps over", "leaps"]
     (found,) = Seq2SeqEncoder(pieces_tok, 4)([prompted("the quick fox", "jumps over")])
     assert isinstance(found, list)
-    assert found[0].input_ids[-1] == pieces_tok.sep_token_id and len(found[0].input_ids) == 4
+    assert found[0].input_ids[-1] == pieces_tok.sep_token_id
+    assert len(found[0].input_ids) == 4
     assert found[0].cut == len(example.input_ids) - 4 + len(example.labels or []) - len(found[0].labels or [])
 
 

@@ -106,7 +106,8 @@ def test_models_that_cannot_be_packed_are_found_out(config: Any, model: str) -> 
     state = torch.random.get_rng_state()
     with pytest.raises(DataError, match=f"{model} cannot keep packed examples apart"):
         find_layout(made)
-    assert made.training and torch.equal(state, torch.random.get_rng_state())
+    assert made.training
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_half_precision_models_are_judged_by_their_precision() -> None:

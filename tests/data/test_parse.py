@@ -48,10 +48,11 @@ def test_bad_fields(row: dict[str, Any], words: str) -> None:
 def test_any_values_are_a_record_or_a_row_error(row: dict[str, Any]) -> None:
     try:
         record = parse(row, LABELLED)
-    except RowError as error:
-        assert "expected" in str(error)
-    else:
-        assert isinstance(record, Labelled) and record.text.strip() and record.label is not None
+    except RowError:
+        return
+    assert isinstance(record, Labelled)
+    assert record.text.strip()
+    assert record.label is not None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_spans_stand_where_they_say() -> None:
     generative = Format("spans", SPANS.roles, "causal-lm")
     assert parse(row, generative) == Prompted("It was Ann.\n\nWho?", "It was Ann.\n\nWho?", ["Ann"])
     unanswerable = parse(row | {"answers": {"text": [], "answer_start": []}}, generative)
-    assert isinstance(unanswerable, Prompted) and unanswerable.references == ["unanswerable"]
+    assert isinstance(unanswerable, Prompted)
+    assert unanswerable.references == ["unanswerable"]
     with pytest.raises(RowError, match="an answer that stands at character 6"):
         parse(row | {"answers": {"text": ["Ann"], "answer_start": [6]}}, SPANS)
     with pytest.raises(RowError, match="as many 'text' as 'answer_start'"):
@@ -167,14 +169,16 @@ def test_bad_rows_are_reported_together(tmp_path: Any) -> None:
         bad.raise_if_any()
     message = str(raised.value)
     assert message.startswith("2 bad rows:\n  a.csv:3: column 'text': None; expected a text\n  a.csv:9: 'xxx")
-    assert "on_bad_row=skip" in message and len(message) < 400
+    assert "on_bad_row=skip" in message
+    assert len(message) < 400
 
 
 def test_reading_stops_after_twenty_bad_rows() -> None:
     bad = BadRows("error")
+    for line in range(19):
+        bad.add("a.csv", line, RowError("a text"))
     with pytest.raises(DataError, match="20 bad rows; reading stopped there") as raised:
-        for line in range(100):
-            bad.add("a.csv", line, RowError("a text"))
+        bad.add("a.csv", 19, RowError("a text"))
     assert str(raised.value).count("a.csv:") == 20
 
 
@@ -185,7 +189,8 @@ def test_skipped_rows_are_written_aside(tmp_path: Any) -> None:
     bad.raise_if_any()
     lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert bad.count == len(lines) == 30
-    assert '"line": 29' in lines[-1] and '"row": {"text": 7}' in lines[-1]
+    assert '"line": 29' in lines[-1]
+    assert '"row": {"text": 7}' in lines[-1]
     with pytest.raises(DataError, match="expected 'error' or 'skip'"):
         BadRows("ignore")  # type: ignore[arg-type]
 

@@ -62,8 +62,10 @@ def test_wrong_number_of_fields(write: Write) -> None:
 def test_bytes_that_are_not_utf8_name_line_and_byte(write: Write) -> None:
     reader = Delimited(write("a.csv", b"text,label\nok,1\nna\xefve,0\nfine,1\n"))
     (_, good), (line, bad), (_, after) = outcomes(reader)
-    assert good["text"] == "ok" and after["text"] == "fine"
-    assert line == 3 and "byte 3 of the line is 0xef" in str(bad)
+    assert good["text"] == "ok"
+    assert after["text"] == "fine"
+    assert line == 3
+    assert "byte 3 of the line is 0xef" in str(bad)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_a_sample_is_seeded_ordered_and_keeps_lines(write: Write, reading: Readi
     path = write("a.csv", "x\n" + "".join(f"{i}\n" for i in range(100)))
     sample = open_source(f"{path}#10", reading).train
     values = [int(row["x"]) for row in rows(sample)]
-    assert values == sorted(values) and len(set(values)) == 10
+    assert values == sorted(values)
+    assert len(set(values)) == 10
     assert [sample.line(i) for i in range(10)] == [value + 2 for value in values]
     assert values == [int(row["x"]) for row in rows(open_source(f"{path}#10", reading).train)]
     other = Reading(documents=False, seed=8, cache_dir=reading.cache_dir)
@@ -102,7 +103,8 @@ def test_a_folder_with_splits(write: Write, reading: Reading, tmp_path: Path) ->
     write("test.csv", "x\n3\n")
     opened = open_source(str(tmp_path), reading)
     assert rows(opened.train) == [{"x": "1"}]
-    assert opened.held_out is not None and rows(opened.held_out) == [{"x": "2"}]
+    assert opened.held_out is not None
+    assert rows(opened.held_out) == [{"x": "2"}]
     assert "train is trainset.csv, evaluation is devset.csv" in opened.train.notes[-1]
 
 
@@ -126,7 +128,7 @@ def test_names_that_stand_for_nothing(write: Write, reading: Reading, tmp_path: 
         open_source(str(tmp_path / "trian.csv"), reading)
     with pytest.raises(DataError, match="of no known kind"):
         open_source(str(write("a.xyz", "text")), reading)
-    with pytest.raises(DataError, match="the folder .* does not exist"):
+    with pytest.raises(DataError, match=r"the folder .* does not exist"):
         open_source("no/such/folder/file.csv", reading)
 
 

@@ -20,7 +20,8 @@ def test_rows_stay_whole_and_nothing_is_lost(rows: list[tuple[int, int]], fracti
     train, held = hold_out(groups, strata, fraction, seed)
     assert sorted([*train, *held]) == list(range(len(groups)))
     assert not set(groups[train]) & set(groups[held])
-    assert list(train) == sorted(train) and list(held) == sorted(held)
+    assert list(train) == sorted(train)
+    assert list(held) == sorted(held)
     assert len(train) or not len(held)
     if fraction == 0 or len(rows) == 1:
         assert not len(held)

@@ -64,7 +64,8 @@ def test_a_store_is_made_once(tmp_path: Path) -> None:
     second, again = open_or_make(folder, make)
     assert (happened, again, len(calls)) == ("made", "", 1)
     assert first.example(0) == second.example(0) == ONE
-    assert second.names == ["neg", "pos"] and second.counts == Counts(rows=1, cut=1, notes={"odd": 2})
+    assert second.names == ["neg", "pos"]
+    assert second.counts == Counts(rows=1, cut=1, notes={"odd": 2})
     assert (folder / "skipped.jsonl").exists()
     assert [entry.name for entry in folder.parent.iterdir()] == ["key"]
 
@@ -154,4 +155,6 @@ def test_the_hash_of_a_tokenizer(chat_tok: Callable[..., PreTrainedTokenizerBase
 
 def test_a_store_without_examples() -> None:
     store = in_memory(making())
-    assert isinstance(store, ArrowStore) and len(store) == 0 and store.rows().tolist() == []
+    assert isinstance(store, ArrowStore)
+    assert len(store) == 0
+    assert store.rows().tolist() == []

@@ -42,7 +42,8 @@ def test_parquet(dataset: Dataset, tmp_path: Path) -> None:
         dataset.to_parquet(str(path))
     reader = tables.open_parquet(path, tmp_path / "cache")
     assert rows(reader) == EXPECTED
-    assert reader.columns == ["text", "label", "tags"] and reader.line(1) == 2
+    assert reader.columns == ["text", "label", "tags"]
+    assert reader.line(1) == 2
 
 
 def test_parquet_of_other_tools(tmp_path: Path) -> None:
@@ -65,7 +66,8 @@ def test_saved_splits(dataset: Dataset, tmp_path: Path) -> None:
     with tables._quiet():
         DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(tmp_path / "both"))
     splits = tables.open_saved(tmp_path / "both")
-    assert rows(splits["train"]) == EXPECTED and len(splits["test"]) == 1
+    assert rows(splits["train"]) == EXPECTED
+    assert len(splits["test"]) == 1
     assert splits["train"].fingerprint() != splits["test"].fingerprint()
 
 
@@ -79,5 +81,5 @@ def test_damaged_files(opener: str, tmp_path: Path) -> None:
     }
     path.write_bytes(b"PAR1 nothing of the kind")
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    with pytest.raises(DataError, match="cannot be read as|does not load"):
+    with pytest.raises(DataError, match=r"cannot be read as|does not load"):
         opening[opener]()

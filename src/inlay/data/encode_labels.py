@@ -127,15 +127,15 @@ class SpansEncoder:
             example.token_type_ids = list(types)
         example.labels = [0, 0]
         if row.answers:
-            sequence: Any = encoded
+            begin, stop = row.starts[0], row.starts[0] + len(row.answers[0])
+            whole_encoding: Any = encoded
+            texts, offsets = whole_encoding.sequence_ids(0), encoded["offset_mapping"]
             inside = [
-                (i, start, end)
-                for i, (start, end) in enumerate(encoded["offset_mapping"])
-                if sequence.sequence_ids(0)[i] == 1
-                and end > row.starts[0]
-                and start < row.starts[0] + len(row.answers[0])
+                (i, end)
+                for i, (text, (start, end)) in enumerate(zip(texts, offsets, strict=True))
+                if text == 1 and end > begin and start < stop
             ]
-            if not inside or inside[-1][2] < row.starts[0] + len(row.answers[0]):
+            if not inside or inside[-1][1] < stop:
                 return RowError(
                     f"an answer within the first {self._max_length} tokens (max_length) of question and context",
                     value=row.answers[0],
