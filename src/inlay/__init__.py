@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from inlay.methods.bitfit import BitFit as BitFit
     from inlay.methods.bottleneck import Bottleneck as Bottleneck
     from inlay.methods.cell import Inlay as Inlay
+    from inlay.methods.diff_pruning import DiffPruning as DiffPruning
     from inlay.methods.dora import DoRA as DoRA
     from inlay.methods.full import Full as Full
     from inlay.methods.full import HeadOnly as HeadOnly
@@ -62,6 +63,7 @@ _HOME = {
     "BitFit": "inlay.methods.bitfit",
     "Bottleneck": "inlay.methods.bottleneck",
     "Delta": "inlay.methods.base",
+    "DiffPruning": "inlay.methods.diff_pruning",
     "DoRA": "inlay.methods.dora",
     "ExtraKV": "inlay.methods.base",
     "FP4": "inlay.quant",

@@ -18,6 +18,7 @@ PUBLIC = [
     "BitFit",
     "Bottleneck",
     "Delta",
+    "DiffPruning",
     "DoRA",
     "ExtraKV",
     "FP4",
