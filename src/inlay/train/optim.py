@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
 import torch
@@ -58,18 +56,10 @@ def build_optimizer(adapter: Any, config: RunConfig) -> torch.optim.Optimizer:
             from transformers.optimization import Adafactor
 
             return Adafactor(groups, scale_parameter=False, relative_step=False)
-        case "adamw_8bit":
-            try:
-                bitsandbytes: Any = importlib.import_module("bitsandbytes")
-            except ImportError:
-                raise ConfigError("optim: adamw_8bit needs bitsandbytes: pip install 'inlay[bnb]'") from None
-            return bitsandbytes.optim.AdamW8bit(groups, **adam)  # type: ignore[no-any-return]
-        case paged:
-            from inlay.train.paged import PagedAdamW
+        case name:
+            from inlay.train.paged import make_adamw
 
-            bits = 8 if paged.endswith("8bit") else 32
-            settings = {**adam, "bits": bits} if "bits" in inspect.signature(PagedAdamW).parameters else adam
-            return PagedAdamW(groups, **settings)  # type: ignore[no-any-return]
+            return make_adamw(name, groups, **adam)
 
 
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
