@@ -36,8 +36,9 @@ def test_same_names_in_another_order_are_another_group():
     assert len(per_row([("a", "b"), ("b", "a")])) == 2
 
 
-def test_one_group_over_all_rows_has_no_index():
-    assert per_row(["a", "a"])[0].rows.index is None
+def test_a_single_name_is_one_group_over_all_rows_whatever_their_number():
+    assert everyone(("a",))[0].rows.index is None
+    assert per_row(["a", "a"])[0].rows.index == (0, 1)
     assert everyone(("a",))[0].rows.take(torch.ones(3)).shape == (3,)
 
 

@@ -107,8 +107,6 @@ def per_row(rows: Sequence[RowSpec]) -> tuple[Group, ...]:
     wanted: dict[Names, list[int]] = {}
     for i, row in enumerate(rows):
         wanted.setdefault(as_names(row, f"row {i}"), []).append(i)
-    if len(wanted) == 1:
-        return everyone(next(iter(wanted)))
     return tuple(Group(names, Rows(tuple(index), len(rows))) for names, index in wanted.items())
 
 

@@ -46,11 +46,18 @@ def test_each_formulation_equals_the_loop_in_value_and_gradient(ranks, rows, bea
     x = torch.randn(*shape, 12, generator=generator, dtype=torch.float64)
     y = torch.randn(*shape, 10, generator=generator, dtype=torch.float64)
     want = loop(deltas, index, x, y)
+    if max(index) < 0:
+        index[0] = 0
+        want = loop(deltas, index, x, y)
     kernel = LoRARows(deltas, index)
     forms = {"auto": lambda: kernel(x, y)}
     if beams == 1 and tokens in (None, 1):
         flat = x.reshape(rows, 12), y.reshape(rows, 10)
-        forms |= {n: lambda n=n: getattr(kernel, n)(*flat).reshape(y.shape) for n in ("_wide", "_grouped")}
+        forms["wide"] = lambda: kernel._wide(*flat, kernel.used, kernel.foreign).reshape(y.shape)
+        forms["wide over all"] = lambda: kernel._wide(*flat, kernel.all, kernel.all_foreign).reshape(y.shape)
+        forms["grouped"] = lambda: kernel._grouped(*flat).reshape(y.shape)
+    rows_x, rows_y = x.reshape(rows, -1, 12), y.reshape(rows, -1, 10)
+    forms["over all"] = lambda: kernel._batched(rows_x, rows_y, kernel.all, kernel.all_gather).reshape(y.shape)
     parameters = [p for d in deltas for p in d.parameters()]
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
     wanted = gradients(want, weight, parameters)
@@ -81,6 +88,29 @@ def test_a_spoilt_adapter_spoils_its_own_rows_only():
             out = LoRARows(deltas, [0, 1, -1])(x, y)
         assert out[[0, 2]].isfinite().all()
         assert out[1].isnan().all()
+
+
+def test_another_composition_is_the_same_program():
+    """Compiled once for a batch of four rows: any adapters on any rows, one adapter on all of them included."""
+    from tiny import tiny
+    from torch._dynamo.testing import CompileCounter
+
+    model = tiny("llama")
+    for i in range(3):
+        adapter = inlay.attach(model, inlay.LoRA(rank=2, sites=("attn.q", "ffn.up")), name=f"a{i}")
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ids = torch.randint(3, 90, (4, 5), generator=torch.Generator().manual_seed(0))
+    compositions = [["a0", "a1", None, "a2"], ["a2", "a2", "a0", "a1"], ["a1"] * 4, [None, None, "a0", None]]
+    with torch.no_grad():
+        for rows in compositions:
+            with inlay.use(model, rows):
+                got, want = compiled(input_ids=ids).logits, model(input_ids=ids).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_kept_factors_follow_a_changed_piece():

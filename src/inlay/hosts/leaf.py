@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.anatomy.base import Columns
 from inlay.errors import AdapterError
 from inlay.hosts.base import Host, Hosted, Placed, Span, padding_of
-from inlay.methods.base import Delta, Replacement
+from inlay.methods.base import Delta, Replacement, Rowwise
 from inlay.padding import Padding
 from inlay.route import Group, Rows, join
 
@@ -63,11 +63,13 @@ class Acts:
 
 @dataclass(eq=False)
 class Plan:
-    """What a hosted leaf does under the present route."""
+    """What a hosted leaf does under the present route; `whole` where one group has all rows, whatever their number."""
 
     opens: tuple[Span, ...]
     groups: tuple[Acts, ...]
     joins: tuple[Group, ...]
+    whole: bool = True
+    total: int = 0
     padding: Padding | None = None
     together: tuple[Together, ...] = ()
 
@@ -76,7 +78,7 @@ class Plan:
 class Together:
     """The pieces of one kind at this module, of all groups, in one step."""
 
-    rows: nn.Module
+    rows: Rowwise
     columns: Columns | None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -116,10 +118,11 @@ class LeafHost(Host):
         acts = tuple(_acts(state, g) for g in groups)
         if not opens and all(a.idle for a in acts):
             return None
+        whole = groups[0].rows.index is None
         if len(groups) > 1:
             _refuse_routed(state, active)
-        together = _together(acts) if len(groups) > 1 and not opens else ()
-        return Plan(opens, acts, groups, padding_of(state), together)
+        together = () if whole or opens else _together(state, groups)
+        return Plan(opens, acts, groups, whole, groups[0].rows.total, padding_of(state), together)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""
@@ -161,24 +164,36 @@ def _refuse_beside_merged(state: Hosted, everything: list[Placed]) -> None:
             )
 
 
-def _together(groups: tuple[Acts, ...]) -> tuple[Together, ...]:
-    """One step for each kind of piece, where every group has nothing but pieces whose class offers that."""
-    if any(g.entering or g.replacement or g.through or any(a.span for a in g.leaving) for g in groups):
-        return ()
-    slots: dict[tuple[type[Delta], Columns | None, int], dict[int, Delta]] = {}
-    for number, group in enumerate(groups):
+def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
+    """One step for each kind of piece, where the rows have nothing here but pieces whose class offers that.
+
+    A step is made from all adapters of the model, not only from those in use, so that another composition of the batch
+    is the same program with another index.
+    """
+    slots: dict[tuple[type[Delta], Columns | None, int], dict[str, Delta]] = {}
+    for name, pieces in state.placed.items():
         seen: dict[tuple[type[Delta], Columns | None], int] = {}
-        for act in group.leaving:
-            kind = type(act.delta), act.columns
+        for placed in pieces:
+            piece, columns = placed.piece, placed.site.columns
+            if not isinstance(piece, Delta) or placed.site.tap != "output" or placed.span or placed.merged:
+                if any(name in g.names for g in groups):
+                    return ()
+                continue
+            kind = type(piece), columns
             seen[kind] = seen.get(kind, -1) + 1
-            slots.setdefault((*kind, seen[kind]), {})[number] = act.delta
-    total = groups[0].rows.total
+            slots.setdefault((*kind, seen[kind]), {})[name] = piece
     made = []
     for (cls, columns, _), deltas in slots.items():
-        index = [-1] * total
-        for place, number in enumerate(deltas):
-            for row in groups[number].rows.index or ():
-                index[row] = place
+        index = [-1] * groups[0].rows.total
+        names = list(deltas)
+        for group in groups:
+            own = [n for n in group.names if n in deltas]
+            if len(own) > 1:
+                return ()
+            for row in (group.rows.index or ()) if own else ():
+                index[row] = names.index(own[0])
+        if max(index) < 0:
+            continue
         rows = cls.together(list(deltas.values()), index)
         if rows is None:
             return ()
@@ -213,7 +228,7 @@ def _run(plan: Plan, frozen: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
     for span in plan.opens:
         span.x = x
-    if len(plan.groups) == 1:
+    if plan.whole:
         return _one(plan.groups[0], base, x, rest, kwargs)
     return _many(plan, base, x, rest, kwargs)
 
@@ -239,10 +254,9 @@ def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dic
 
 
 def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    total = plan.joins[0].rows.total
+    total = plan.total
     x = _fit(x, total)
-    if plan.together:
-        plan.joins[0].rows.factor(x.shape[0])
+    if plan.together and not any(step.rows.loops for step in plan.together):
         y, more = _split(base(x))
         for step in plan.together:
             out = step(x, y)

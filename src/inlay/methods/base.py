@@ -85,8 +85,8 @@ class Delta(Piece, abc.ABC):
         return y + self(x, y)  # type: ignore[no-any-return]
 
     @classmethod
-    def together(cls, deltas: Sequence[Delta], index: Sequence[int]) -> nn.Module | None:
-        """A module (x, y) -> y with each row's own Δ added in fewer steps than a loop over the pieces, if there is one.
+    def together(cls, deltas: Sequence[Delta], index: Sequence[int]) -> Rowwise | None:
+        """(x, y) -> y with each row's own Δ added in fewer steps than a loop over the pieces, if the class has that.
 
         Args:
             deltas: pieces of this class at one site.
@@ -132,6 +132,19 @@ class Delta(Piece, abc.ABC):
             moved = weight @ shift.to(weight)
             bias = moved if bias is None else bias + moved
         return weight + weight @ delta.to(weight), bias
+
+
+class Rowwise(nn.Module, abc.ABC):
+    """Pieces of one kind at one site, each row of the batch with its own, in one step."""
+
+    @property
+    @abc.abstractmethod
+    def loops(self) -> bool:
+        """Whether the pieces must be called one by one after all just now (each row group has dropout of its own)."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with each row's Δ added; the entries of a row stand together in x and y."""
 
 
 class Replacement(Piece, abc.ABC):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from inlay.anatomy.base import Anatomy, Site
 from inlay.anatomy.roles import roles
 from inlay.errors import MethodError
-from inlay.methods.base import Delta, Frozen, Method
+from inlay.methods.base import Delta, Frozen, Method, Rowwise
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -54,11 +54,11 @@ class LoRADelta(Delta):
         return flat.view(y.shape)
 
     @classmethod
-    def together(cls, deltas: Sequence[Delta], index: Sequence[int]) -> nn.Module | None:
+    def together(cls, deltas: Sequence[Delta], index: Sequence[int]) -> Rowwise | None:
         from inlay.kernels.lora_rows import LoRARows
 
         mine = [d for d in deltas if isinstance(d, LoRADelta)]
-        return LoRARows(mine, index) if len(mine) == len(deltas) and not any(d.dropout for d in mine) else None
+        return LoRARows(mine, index) if len(mine) == len(deltas) else None
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.B @ self.A)
