@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from inlay.config import RunConfig
-from inlay.errors import ConfigError
 
 
 def parameter_groups(adapter: Any, config: RunConfig) -> list[dict[str, Any]]:
