@@ -10,36 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from comparing import bits, logits, randomise, same_bits
 from inlay.errors import AdapterError, MergeError
 from inlay.fold import DenseLinear
 from inlay.merge import merge
 from inlay.quant import weight_of
 from inlay.quant.model import quantize
-from tiny import batch, tiny
+from tiny import tiny
 
 SIX = ("llama", "gpt2", "bert", "t5", "bart", "gpt_neox")
-
-
-def randomise(adapter: inlay.Adapter, seed: int = 0, size: float = 0.1) -> inlay.Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
-    return adapter
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "inlay" not in n.split(".")}
-
-
-def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    now = bits(model)
-    return now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in before)
 
 
 def methods(family: str) -> list[inlay.Method]:

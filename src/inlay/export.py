@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.probe import modules_of
 from inlay.errors import AdapterError, InlayError, MergeError
+from inlay.fold import DenseLinear
 from inlay.hosts.base import Host
 from inlay.merge import MergeReport, dtype_of, merge, unmerge
 from inlay.quant.bridge import is_quantized, weight_of
@@ -121,7 +122,7 @@ def _write(model: nn.Module, cls: Any, target: Path, dtype: torch.dtype | None) 
 def _dense(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state dict without pieces and without the tensors beside packed weights. Tied tensors stay tied."""
     packed = {p: m for p, m in modules_of(model) if is_quantized(m)}
-    transposed = _transposed(model) if packed else set()
+    transposed = _transposed(model)
     tensors: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -136,18 +137,22 @@ def _dense(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
                 tensors[name] = tensor.detach().to(dtype or tensor.dtype)
             continue
         if id(tensor) not in cast:
+            tensor = tensor.t() if owner in transposed and last == "weight" else tensor
             cast[id(tensor)] = tensor.detach().to(dtype or tensor.dtype if tensor.is_floating_point() else tensor.dtype)
         tensors[name] = cast[id(tensor)]
     return tensors
 
 
 def _transposed(model: nn.Module) -> set[str]:
-    """The layers that the plain architecture keeps as (in, out), as GPT-2 does; quantised ones are (out, in)."""
+    """The layers that the plain architecture keeps as (in, out), as GPT-2 does, and this model as (out, in)."""
+    linear = {path for path, m in modules_of(model) if isinstance(m, DenseLinear) or is_quantized(m)}
+    if not linear:
+        return set()
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     cls: Any = type(model).base if isinstance(model, Host) else type(model)
     with torch.device("meta"):
-        return {path for path, module in cls(config).named_modules() if type(module).__name__ == "Conv1D"}
+        return {path for path, m in cls(config).named_modules() if type(m).__name__ == "Conv1D"} & linear
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -199,7 +204,7 @@ def _verify(model: nn.Module, cls: Any, folder: Path, tensors: dict[str, Tensor]
 def _logits_differ(model: nn.Module, again: nn.Module) -> list[str]:
     from inlay.anatomy.examples import candidates
 
-    training = model.training
+    training, device = model.training, next(again.parameters()).device
     model.eval()
     try:
         for example in candidates(model):
@@ -207,7 +212,7 @@ def _logits_differ(model: nn.Module, again: nn.Module) -> list[str]:
                 wanted = _first(model(**example))
             except Exception:
                 continue
-            moved = {n: v.to(next(again.parameters()).device) for n, v in example.items()}
+            moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example.items()}
             found = _first(again(**moved)).to(wanted)
             scale = float(wanted.abs().max().clamp_min(1e-6))
             worst = float((found - wanted).abs().max()) / scale
