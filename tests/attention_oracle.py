@@ -106,6 +106,27 @@ def installed(model, extras):
         AttentionMaskInterface._global_mapping.pop(NAME)
 
 
+def assert_same(model, adapter, got, expected, inputs, tensors):
+    """Logits and gradients equal those of the oracle; `tensors` are its copies of the adapter's parameters."""
+    exact = got.dtype == torch.float64
+    if got.ndim == 3 and not model.config.is_encoder_decoder:
+        real = inputs["attention_mask"].bool()  # a padding token may see no key at all, where implementations differ
+        got, expected = got[real], expected[real]
+    torch.testing.assert_close(got, expected, rtol=1e-6 if exact else 1e-4, atol=1e-6 if exact else 1e-4)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, parameter in adapter.named_parameters():
+        own, other = parameter.grad, tensors[name].grad
+        assert other.any(), name
+        assert (own - other).norm() <= (1e-6 if exact else 1e-3) * other.norm(), name
+
+
+def precise(model, attn):
+    """Double precision tells a wrong formula from rounding, where it can be had: several eager functions use fp32."""
+    return model.double() if attn == "sdpa" else model
+
+
 def run(plain, extras, inputs):
     """Logits of the base with extras at the attentions of these paths."""
     with installed(plain, extras):

@@ -334,10 +334,10 @@ def test_attention_weights_show_the_prefix_in_front():
     torch.testing.assert_close(mixed[0].sum(-1), torch.ones(weights[0].shape[:-1]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_compiles_in_one_graph_and_sees_a_later_prefix(family):
     torch._dynamo.reset()
-    model = tiny(family)
+    model = tiny(family, **{"num_layers" if family == "t5" else "num_hidden_layers": 1})
     inputs = features(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
