@@ -63,6 +63,18 @@ def test_the_first_token_of_an_example_is_no_target(layout: Layout) -> None:
     assert inputs["position_ids"].flatten()[:5].tolist() == [0, 1, 2, 0, 1]
 
 
+def test_without_padding_in_one_row() -> None:
+    model = tiny("qwen3")
+    inputs = pack([rows_of([5, 6, 7, 8]), rows_of([9, 10], [11, 12, 13])], pad_token_id=0, width=99, layout="flat")
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        packed = model(**inputs, use_cache=False).logits
+        alone = [model(input_ids=torch.tensor([text])).logits for text in ([5, 6, 7, 8], [9, 10], [11, 12, 13])]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=2e-5, rtol=1e-4)
+    assert labels.tolist() == [[MASKED, 6, 7, 8, MASKED, 10, MASKED, 12, 13]]
+
+
 PACKABLE = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt"]
 
 

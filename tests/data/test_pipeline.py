@@ -103,10 +103,10 @@ def test_bad_rows_stop_with_all_of_them(write: Write, cache: Path, pieces_tok: P
         prepare(DataSpec(str(path), cache_dir=cache), pieces_tok, "encoder")
     message = str(raised.value)
     assert message.startswith("3 bad rows:\n")
-    assert "a.csv:3: 'a bad film'; expected 2 fields (text, label), found: 1 fields" in message
+    assert "a.csv:3: 'a bad film'; expected 2 fields (text, label), found: 1 field" in message
     assert "a.csv:4: column 'text': ''; expected a text that is not empty" in message
     assert "a.csv:5: column 'label': ''" in message
-    assert not cache.exists() or list(cache.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_bad_rows_are_skipped_written_and_counted_also_from_the_cache(
@@ -330,6 +330,30 @@ def test_streaming_replaces_rows_with_nothing_to_learn(
         strict.train[1]
     with pytest.raises(DataError, match="packing needs the length of every example"):
         prepare(DataSpec(path, packing=True, **settings), bytes_tok, "decoder")
+
+
+def test_streaming_cuts_running_text_into_rows(write: Write, cache: Path, bytes_tok: PreTrainedTokenizerBase) -> None:
+    text = "the quick brown fox jumps over the lazy dog\n" * 40
+    spec = DataSpec(str(write("a.txt", text)), cache_dir=cache, streaming=True, max_length=64, eval_fraction=0)
+    train = prepare(spec, bytes_tok, "decoder").train
+    assert len(train) > 5
+    spelled = "".join(bytes_tok.decode(row["input_ids"]) for row in train)
+    assert spelled == text.strip() + "<|endoftext|>"
+
+
+def test_a_date_in_the_template_is_told(write: Write, cache: Path, chat_tok: Make) -> None:
+    template = (
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    spec = DataSpec(str(write("a.jsonl", jsonl({"prompt": "a", "completion": "b"}))), cache_dir=cache, eval_fraction=0)
+    assert "writes the date into prompts" in str(prepare(spec, chat_tok(template), "decoder").report)
+
+
+def test_a_cache_folder_that_cannot_be(write: Write, pieces_tok: PreTrainedTokenizerBase) -> None:
+    path = write("a.csv", csv_of(REVIEWS))
+    with pytest.raises(DataError, match=r"the cache folder .*a\.csv/x cannot be made: Not a directory"):
+        prepare(DataSpec(str(path), cache_dir=path / "x"), pieces_tok, "encoder")
 
 
 def test_limits(write: Write, cache: Path, pieces_tok: PreTrainedTokenizerBase) -> None:

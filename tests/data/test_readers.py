@@ -55,7 +55,7 @@ def test_a_stray_quote_spoils_its_own_line_only(write: Write) -> None:
 
 def test_wrong_number_of_fields(write: Write) -> None:
     (few, many) = (row for _, row in outcomes(Delimited(write("a.csv", "text,label\na\nb,1,2\n"))))
-    assert str(few) == "'a'; expected 2 fields (text, label), found: 1 fields"
+    assert str(few) == "'a'; expected 2 fields (text, label), found: 1 field"
     assert str(many) == "'b,1,2'; expected 2 fields (text, label), found: 3 fields"
 
 
@@ -73,6 +73,7 @@ def test_bytes_that_are_not_utf8_name_line_and_byte(write: Write) -> None:
     [
         ("a.csv", "", "is empty; expected a header"),
         ("a.csv", "x,x\n1,2\n", "names 'x' twice"),
+        ("a.csv", "x,y\r1,2\r", "a.csv:1: new-line character seen.*expected a header"),
         ("a.csv", "text\n".encode("utf-16"), "UTF-16"),
         ("a.csv", b"te\xffxt,label\na,b\n", "expected UTF-8"),
     ],

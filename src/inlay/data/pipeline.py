@@ -93,11 +93,19 @@ class _Preparation:
         self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, model_kind: ModelKind, progress: Progress
     ) -> None:
         self.spec, self.tokenizer, self.model_kind, self.progress = spec, tokenizer, model_kind, progress
-        self.cache_dir = spec.cache_dir or default_cache_dir()
+        self.cache_dir = Path(spec.cache_dir or default_cache_dir())
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"the cache folder {self.cache_dir} cannot be made: {error.strerror or error}") from error
         self.max_length = max_length_of(spec.max_length, tokenizer)
         self.report = Report(max_length=self.max_length)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.notes: list[str] = []
+        if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
+            self.notes.append(
+                "the chat template writes the date into prompts: the tokens are those of the day they were made"
+            )
         task = checked_task(spec.task, model_kind)
         documents = task == CAUSAL or (task is None and model_kind == "decoder")
         piece = max(64, BYTES_PER_TOKEN * self.max_length) if spec.streaming else PIECE
@@ -225,7 +233,6 @@ class _Preparation:
 
     def _lazy(self, reader: Reader, form: Format) -> Store:
         skipped = self.cache_dir / f"skipped-{os.getpid()}-{reader.name.replace('/', '-')}.jsonl"
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
         skipped.unlink(missing_ok=True)
         bad = BadRows(self.spec.on_bad_row, skipped)
         encoder = encoder_for(form, self.tokenizer, self.max_length, one_each=True)

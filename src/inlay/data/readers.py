@@ -212,6 +212,10 @@ class Delimited(Mapped):
         resume: tuple[int, int] | None = (self._bom, 1)
         while resume is not None:
             resume = self._index_from(*resume)
+        if not self.columns and self._faults:
+            raise DataError(
+                f"{self.path}:{self._line[0]}: {self._faults[0]}; expected a header line with the columns' names"
+            )
         if not self.columns:
             raise DataError(f"{self.path} is empty; expected a header line with the names of the columns")
         if repeated := {c for c in self.columns if self.columns.count(c) > 1}:
@@ -245,7 +249,7 @@ class Delimited(Mapped):
                 self.columns = [name.strip() for name in fields]
                 continue
             if not fault and len(fields) != len(self.columns):
-                fault = f"{len(fields)} fields"
+                fault = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
             if not fault:
                 self._add(begin, end, line)
                 self._longest = max(self._longest, (spanned, line))
