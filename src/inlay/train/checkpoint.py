@@ -95,6 +95,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for path in candidates(run)[keep:]:
+        folders.remove(path.with_name(path.name + folders.REPLACED))
         folders.remove(path)
 
 

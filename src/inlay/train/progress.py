@@ -41,7 +41,8 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self.live:
+            self._bar.stop()
 
     def step(self, record: dict[str, Any], *, logged: bool) -> None:
         """One optimizer step; off a terminal only the logged ones are printed."""
