@@ -206,6 +206,12 @@ class Frozen:
         return tensor.device if tensor is not None else torch.device("cpu")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the module's parameters compute in."""
+        floating = (p.dtype for p in self._module.parameters(recurse=False) if p.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    @property
     def bias(self) -> Tensor | None:
         """The module's bias, if it has one."""
         bias = getattr(self._module, "bias", None)

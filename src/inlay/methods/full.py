@@ -25,11 +25,14 @@ class Copy(Replacement):
 
     def __init__(self, frozen: Frozen) -> None:
         super().__init__()
-        self.module = frozen.copy()
+        self.module, self.frozen = frozen.copy(), frozen.keep()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = next(self.module.parameters())
-        if not x.is_floating_point() or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if not x.is_floating_point():
+            # An embedding gives the dtype that the rest of the model computes in.
+            return self.module(x, *args, **kwargs).to(self.frozen.dtype)  # type: ignore[no-any-return]
+        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
             return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]
         cast = {name: p.to(x.dtype) for name, p in self.module.named_parameters()}
         return functional_call(self.module, cast, (x, *args), kwargs)  # type: ignore[no-any-return]
