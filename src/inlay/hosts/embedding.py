@@ -10,7 +10,7 @@ Legend: B rows, T tokens, N virtual tokens of all groups together, I features.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,30 +20,40 @@ from torch import Tensor
 from inlay.hosts.base import Hosted
 from inlay.hosts.layout import Prompts, RowTokens, row_tokens
 from inlay.hosts.leaf import LeafHost, Plan
+from inlay.hosts.leaf import _run as run_plan
 from inlay.methods.base import VirtualTokens
 from inlay.route import Group
 
 
 @dataclass(eq=False)
-class Served(Plan):
-    """A leaf's plan, and the virtual tokens of each group. While `absent` is set, no id is a virtual one.
+class Served:
+    """The virtual tokens of each group of rows, and the plan of a leaf for everything else.
 
-    offset_R and size_R say, for each row of the route (one where all are alike), where its virtual vocabulary begins
-    among those of all groups, and how many tokens it has.
+    Attributes:
+        leaf: what `LeafHost` does here, None for nothing.
+        groups: the route.
+        tokens: the pieces of each group.
+        absent: set while no id is a virtual one.
+        offset_R, size_R: for each row of the route (one where all are alike) where its virtual vocabulary begins among
+            those of all groups, and how many tokens it has.
     """
 
-    tokens: tuple[tuple[VirtualTokens, ...], ...] = ()
+    leaf: Plan | None
+    groups: tuple[Group, ...]
+    tokens: tuple[tuple[VirtualTokens, ...], ...]
     absent: bool = False
-    offset_R: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
-    size_R: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    offset_R: Tensor = field(init=False)
+    size_R: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = [sum(piece.length for piece in pieces) for pieces in self.tokens]
-        rows = self.joins[0].rows.total if len(self.joins) > 1 else 1
-        self.offset_R, self.size_R = torch.zeros(2, rows, dtype=torch.long)
-        for number, group in enumerate(self.joins):
-            for row in group.rows.index or (0,):
-                self.offset_R[row], self.size_R[row] = sum(sizes[:number]), sizes[number]
+        first = self.groups[0].rows
+        self.offset_R, self.size_R = torch.zeros(2, 1 if first.index is None else first.total, dtype=torch.long)
+        start = 0
+        for group, pieces in zip(self.groups, self.tokens, strict=True):
+            size = sum(piece.length for piece in pieces)
+            for row in (0,) if group.rows.index is None else group.rows.index:
+                self.offset_R[row], self.size_R[row] = start, size
+            start += size
 
     @property
     def total(self) -> int:
@@ -59,7 +69,7 @@ class Served(Plan):
         """Numbers in a row's own vocabulary as rows of `vocabulary`; a number that the row has not points behind it."""
         offset_B, size_B = self.offset_R.to(number.device), self.size_R.to(number.device)
         if len(offset_B) > 1:
-            each = self.joins[0].rows.factor(number.shape[0])
+            each = self.groups[0].rows.factor(number.shape[0])
             offset_B, size_B = offset_B.repeat_interleave(each), size_B.repeat_interleave(each)
         shape = -1, *([1] * (number.ndim - 1))
         return torch.where(number < size_B.reshape(shape), number + offset_B.reshape(shape), self.total)
@@ -71,28 +81,30 @@ class EmbeddingHost(LeafHost):
     num_embeddings: int
 
     @classmethod
-    def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
+    def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Any:
         """A leaf's plan, with the virtual tokens of each group where there are any."""
         plan = super().make_plan(state, groups)
         tokens = tuple(_tokens(state, g) for g in groups)
         if not any(tokens):
             return plan
-        if plan is None:
-            return Served((), (), groups, tokens=tokens)
-        return Served(**{f.name: getattr(plan, f.name) for f in fields(plan)}, tokens=tokens)
+        return Served(plan, groups, tokens)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The frozen embedding's result with the active pieces applied, and virtual tokens where ids ask for them."""
         plan = self._inlay.plan
         if not isinstance(plan, Served):
             return super().forward(input, *args, **kwargs)
-        frozen = super().forward if plan.groups else super(LeafHost, self).forward  # type: ignore[misc]
         if plan.absent:
-            return frozen(input, *args, **kwargs)
+            return self._embed(plan, input, args, kwargs)
         virtual = input >= self.num_embeddings
-        y = frozen(input.masked_fill(virtual, 0), *args, **kwargs)
+        y = self._embed(plan, input.masked_fill(virtual, 0), args, kwargs)
         index = torch.where(virtual, plan.index(input - self.num_embeddings), 0)
         return torch.where(virtual.unsqueeze(-1), F.embedding(index, plan.vocabulary(y.dtype)), y)
+
+    def _embed(self, plan: Served, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the embedding gives for ordinary ids."""
+        frozen = super(LeafHost, self).forward  # type: ignore[misc]
+        return frozen(ids, *args, **kwargs) if plan.leaf is None else run_plan(plan.leaf, frozen, (ids, *args), kwargs)
 
 
 def _tokens(state: Hosted, group: Group) -> tuple[VirtualTokens, ...]:
@@ -124,8 +136,8 @@ def serving(plans: Iterable[tuple[Any, Any]]) -> Serving | None:
         return None
     module, plan = found[0]
     rows = [RowTokens()] * len(plan.size_R)
-    for group, pieces in zip(plan.joins, plan.tokens, strict=True):
+    for group, pieces in zip(plan.groups, plan.tokens, strict=True):
         own = row_tokens([(piece.length, piece.places) for piece in pieces])
-        for row in group.rows.index or (0,):
+        for row in (0,) if group.rows.index is None else group.rows.index:
             rows[row] = own
     return Serving(module, plan, Prompts(module.num_embeddings, tuple(rows)), len(found) > 1)

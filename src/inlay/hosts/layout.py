@@ -139,7 +139,7 @@ class Spread(Layout):
             values = virtual.to(x.dtype)
         else:
             values = x.new_full((*self.token_cols_BN.shape, *x.shape[2:]), virtual)
-        return out.scatter(1, _like(self.token_cols_BN, values), values)[:, : self.width]
+        return out.scatter(1, _like(self.token_cols_BN, values), values)[:, : self.width].contiguous()
 
     def gather(self, x: Tensor, *, ahead: bool = False, last: int = 0) -> Tensor:
         index_BT = self.cols_BT
@@ -157,7 +157,7 @@ class Spread(Layout):
         numbers_BN = _steps(rows, self.before_BN.shape[1], self.before_BN)
         end_B1 = self.last_B[:, None]
         neighbour_BN = torch.minimum(self.before_BN, (end_B1 - 1).clamp(min=0)).clamp(max=user - 1)
-        at_end_BN = (self.before_BN >= end_B1).to(position_ids_BT.dtype)
+        at_end_BN = ((self.before_BN >= end_B1) & (end_B1 > 0)).to(position_ids_BT.dtype)
         virtual_BN = position_ids_BT.gather(1, neighbour_BN) + numbers_BN + at_end_BN
         return self.spread(position_ids_BT + counts_BT, 0, virtual_BN)
 
