@@ -37,6 +37,7 @@ class LoRARows(Rowwise):
     used: tuple[LoRADelta, ...]
     all: tuple[LoRADelta, ...]
     dropping: tuple[LoRADelta, ...]
+    parts: tuple[Tensor, ...]
     order: Tensor
     gather: Tensor
     foreign: Tensor
@@ -56,6 +57,7 @@ class LoRARows(Rowwise):
         self.__dict__["all"] = tuple(deltas)
         self.__dict__["used"] = tuple(deltas[k] for k in used)
         self.__dict__["dropping"] = tuple(d for d in self.used if d.dropout)
+        self.__dict__["parts"] = tuple(p for d in self.used for p in (d.A, d.B))
         self.__dict__["kept"] = {}
         renumbered = [used.index(k) if k >= 0 else -1 for k in index]
         self._index("", self.used, renumbered)
@@ -130,11 +132,12 @@ class LoRARows(Rowwise):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _make(deltas, dtype, stacked)
-        mark = tuple(v for d in deltas for v in (d.A._version, d.B._version, d.A.data_ptr(), d.B.data_ptr()))
-        kept: dict[tuple[torch.dtype, bool], tuple[object, tuple[Tensor, Tensor]]] = self.__dict__["kept"]
-        if kept.get((dtype, stacked), (None,))[0] != mark:
-            kept[dtype, stacked] = mark, _make(deltas, dtype, stacked)
-        return kept[dtype, stacked][1]
+        kept: dict[tuple[torch.dtype, bool], tuple[int, tuple[Tensor, Tensor]]] = self.__dict__["kept"]
+        mark = sum([p._version for p in self.parts])
+        found = kept.get((dtype, stacked))
+        if found is None or found[0] != mark or found[1][0].device != self.parts[0].device:
+            found = kept[dtype, stacked] = mark, _make(deltas, dtype, stacked)
+        return found[1]
 
 
 def _make(deltas: Sequence[LoRADelta], dtype: torch.dtype, stacked: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,195 @@
+"""Many adapters in one batch: inlay beside PEFT's `adapter_names`, in one interleaved run.
+
+    python benchmarks/rows.py [--quick]
+
+Prints a table of ratios. Every variant of a case is timed in turn, round after round; the figure is the median of each
+variant's fastest third, so that a neighbour's burst on a shared machine hits all variants alike and counts for none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+import inlay
+
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+Variants = dict[str, tuple[Callable[[], object], Callable[[], object]]]
+
+
+def nothing() -> None:
+    """No preparation."""
+
+
+def timed(variants: Variants, rounds: int) -> dict[str, float]:
+    """Milliseconds of each variant; its preparation (choosing adapters, once for many steps) is not timed."""
+    for prepare, run in variants.values():
+        prepare()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, (prepare, run) in variants.items():
+            prepare()
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: sorted(t)[len(t) // 6] for name, t in times.items()}
+
+
+def models(adapters: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """One base twice: with inlay's adapters and with PEFT's, the same random factors in both."""
+    import peft
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).eval()
+    ours, theirs = base, copy.deepcopy(base)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config, adapter_name="a0")
+    for i in range(1, adapters):
+        theirs.add_adapter(f"a{i}", config)
+    for i in range(adapters):
+        adapter = inlay.attach(ours, inlay.LoRA(rank=8, alpha=16), name=f"a{i}")
+        with torch.no_grad():
+            for name, parameter in adapter.named_parameters():
+                path, letter = name.split(".lora.")
+                module = theirs.get_submodule(f"base_model.model.{path}.lora_{letter}.a{i}")
+                parameter.copy_(module.weight)
+    return ours, theirs.eval()
+
+
+def decode(rows: int, adapters: int, tokens: int, rounds: int) -> None:
+    """One forward pass without gradients, `tokens` a row, for one adapter, several in one batch, and none."""
+    ours, theirs = models(adapters)
+    ids = torch.randint(3, 8000, (rows, tokens))
+    names = [f"a{i % adapters}" for i in range(rows)]
+
+    def once() -> object:
+        with torch.inference_mode():
+            return ours(input_ids=ids).logits
+
+    def peft_one() -> object:
+        with torch.inference_mode():
+            return theirs(input_ids=ids).logits
+
+    def peft_mixed() -> object:
+        with torch.inference_mode():
+            return theirs(input_ids=ids, adapter_names=names).logits
+
+    variants = {
+        "base": (lambda: inlay.use(ours, None), once),
+        "one": (lambda: inlay.use(ours, "a0"), once),
+        "mixed": (lambda: inlay.use(ours, names), once),
+        "PEFT one": (lambda: theirs.set_adapter("a0"), peft_one),
+        "PEFT mixed": (nothing, peft_mixed),
+    }
+    inlay.use(ours, names)
+    torch.testing.assert_close(once(), peft_mixed(), rtol=1e-3, atol=1e-4)
+    ms = timed(variants, rounds)
+    print(
+        f"{rows} rows x {tokens:3} tokens, {adapters} adapters   "
+        + "  ".join(f"{n} {t:7.2f} ms" for n, t in ms.items())
+        + f"   mixed / one {ms['mixed'] / ms['one']:.2f}  mixed / PEFT one {ms['mixed'] / ms['PEFT one']:.2f}"
+        + f"  PEFT mixed / PEFT one {ms['PEFT mixed'] / ms['PEFT one']:.2f}"
+    )
+
+
+def layer(rows: int, width: int, adapters: int, used: int, rounds: int) -> None:
+    """One projection: what the adapters add to it, inlay beside PEFT."""
+    import peft
+
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False)).eval()
+    theirs = copy.deepcopy(ours)
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config, adapter_name="a0")
+    for i in range(1, adapters):
+        theirs.add_adapter(f"a{i}", config)
+    for i in range(adapters):
+        for parameter in inlay.attach(ours, inlay.LoRA(rank=16, sites="0"), name=f"a{i}").parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    x, names = torch.randn(rows, width), [f"a{i % used}" for i in range(rows)]
+    plain = theirs.base_model.model[0]
+
+    def mixed() -> object:
+        with torch.no_grad():
+            return ours[0](x)
+
+    def alone() -> object:
+        with torch.no_grad():
+            return torch.nn.functional.linear(x, ours[0].weight)
+
+    def peft_mixed() -> object:
+        with torch.no_grad():
+            return plain(x, adapter_names=names)
+
+    inlay.use(ours, names)
+    ms = timed({"base": (nothing, alone), "mixed": (nothing, mixed), "PEFT mixed": (nothing, peft_mixed)}, rounds)
+    ours_added, peft_added = ms["mixed"] - ms["base"], ms["PEFT mixed"] - ms["base"]
+    print(
+        f"{rows} rows, d {width}, {used} of {adapters} adapters   base {ms['base']:.2f} ms  inlay +{ours_added:.2f}"
+        f"  PEFT +{peft_added:.2f}   added / PEFT's {ours_added / peft_added:.2f}"
+    )
+
+
+def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
+    """K adapters, each on its own rows: one pass for all beside one pass for each."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).train()
+    for i in range(adapters):
+        inlay.attach(model, inlay.LoRA(rank=8), name=f"a{i}")
+    ids = torch.randint(3, 8000, (adapters * rows, tokens))
+    names = [f"a{i // rows}" for i in range(adapters * rows)]
+
+    def together() -> None:
+        with inlay.use(model, names):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    def apart() -> None:
+        for i in range(adapters):
+            with inlay.use(model, f"a{i}"):
+                part = ids[i * rows : (i + 1) * rows]
+                model(input_ids=part, labels=part).loss.backward()
+
+    ms = timed({"together": (nothing, together), "apart": (nothing, apart)}, rounds)
+    print(
+        f"training {adapters} adapters, {rows} x {tokens} tokens each   together {ms['together']:.1f} ms  "
+        f"one after another {ms['apart']:.1f} ms   {ms['apart'] / ms['together']:.2f} x as fast"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds only")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: no barriers on a shared machine)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rounds = 6 if options.quick else 30
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    decode(16, 8, 1, rounds * 3)
+    decode(16, 8, 64, rounds)
+    layer(32, 1024, 32, 20, rounds * 4)
+    layer(32, 4096, 32, 17, rounds * 4)
+    train(8, 1, 16, rounds)
+    train(8, 4, 128, max(rounds // 5, 3))
+
+
+if __name__ == "__main__":
+    main()
