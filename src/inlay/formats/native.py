@@ -203,7 +203,7 @@ def read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _fill(adapter: Adapter, tensors: dict[str, Tensor], training_state: bool, path: Path) -> None:
-    _resize_heads(adapter, tensors)
+    resize_heads(adapter, tensors)
     if training_state:
         for key, piece in adapter.pieces.items():
             # Saved by a piece that had dropped its reparametrisation before: take that form first.
@@ -245,7 +245,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() and not tensor.is_meta else -id(tensor)
 
 
-def _resize_heads(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+def resize_heads(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     """A head may have another number of classes than the base's own: each adapter brings its own width."""
     for key, piece in adapter.pieces.items():
         module = getattr(piece, "module", None)
