@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from inlay.anatomy import anatomy as anatomy
     from inlay.anatomy.base import Anatomy as Anatomy
     from inlay.anatomy.base import Site as Site
+    from inlay.ensembling import ensemble as ensemble
+    from inlay.ensembling import ensemble_generate as ensemble_generate
     from inlay.methods.adalora import AdaLoRA as AdaLoRA
     from inlay.methods.base import Delta as Delta
     from inlay.methods.base import ExtraKV as ExtraKV
@@ -45,14 +47,19 @@ if TYPE_CHECKING:
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.mam import MAM as MAM
     from inlay.methods.multi_head import MultiHead as MultiHead
+    from inlay.methods.p_tuning import PTuning as PTuning
     from inlay.methods.p_tuning_v2 import PTuningV2 as PTuningV2
     from inlay.methods.prefix import Prefix as Prefix
+    from inlay.methods.prompt import Prompt as Prompt
     from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.prefix_words import init_prefix_from_words as init_prefix_from_words
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
     from inlay.state import adapters as adapters
     from inlay.state import use as use
+    from inlay.template import Template as Template
+    from inlay.template import fill_template as fill_template
+    from inlay.verbalizer import Verbalizer as Verbalizer
 
 # Public name -> the module that defines it. Where the name is that of the module, the module itself is meant.
 # A new name needs a line here, one above for type checkers, and one in tests/contracts/test_public_api.py.
@@ -78,18 +85,25 @@ _HOME = {
     "Mix": "inlay.methods.base",
     "MultiHead": "inlay.methods.multi_head",
     "NF4": "inlay.quant",
+    "PTuning": "inlay.methods.p_tuning",
     "PTuningV2": "inlay.methods.p_tuning_v2",
     "Prefix": "inlay.methods.prefix",
+    "Prompt": "inlay.methods.prompt",
     "Replacement": "inlay.methods.base",
     "Site": "inlay.anatomy.base",
+    "Template": "inlay.template",
     "UniPELT": "inlay.methods.unipelt",
+    "Verbalizer": "inlay.verbalizer",
     "VirtualTokens": "inlay.methods.base",
     "adapters": "inlay.state",
     "anatomy": "inlay.anatomy",
     "attach": "inlay.adapter",
     "citation": "inlay.methods.base",
     "detach": "inlay.adapter",
+    "ensemble": "inlay.ensembling",
+    "ensemble_generate": "inlay.ensembling",
     "errors": "inlay.errors",
+    "fill_template": "inlay.template",
     "init_prefix_from_words": "inlay.prefix_words",
     "load": "inlay.adapter",
     "use": "inlay.state",
