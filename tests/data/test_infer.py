@@ -58,6 +58,22 @@ def test_words_to_tag(pieces_tok: PreTrainedTokenizerBase) -> None:
         encoded, _ = prepare_infer(rows, pieces_tok, "token-classification")
         assert pieces_tok.decode(encoded[0]["input_ids"]) == "[CLS] the lazy fox [SEP]"
         assert sum(label != -100 for label in encoded[0]["labels"]) == 3  # where words begin
+        assert not encoded.labelled
+    tagged, _ = prepare_infer(
+        [{"tokens": ["the", "fox"], "tags": ["O", "X"]}], pieces_tok, "token-classification", labels=["O", "X"]
+    )
+    assert tagged.labelled
+    assert [label for label in tagged[0]["labels"] if label != -100] == [0, 1]
+
+
+def test_several_classes(pieces_tok: PreTrainedTokenizerBase) -> None:
+    rows = [{"text": "a film", "labels": ["y", "x"]}, {"text": "the sea", "labels": []}]
+    encoded, _ = prepare_infer(rows, pieces_tok, "sequence-classification", labels=["x", "y", "z"], multi_label=True)
+    assert encoded.labelled
+    assert [row["labels"] for row in encoded] == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    bare, _ = prepare_infer(["a film"], pieces_tok, "sequence-classification", labels=["x", "y"], multi_label=True)
+    assert bare.labels.several
+    assert not bare.labelled
 
 
 def test_prompts_and_conversations(write: Write, bytes_tok: PreTrainedTokenizerBase, chat_tok: Make) -> None:
@@ -88,6 +104,12 @@ def test_sources_for_an_encoder_decoder(pieces_tok: PreTrainedTokenizerBase) -> 
 def test_questions(pieces_tok: PreTrainedTokenizerBase) -> None:
     encoded, _ = prepare_infer([("the user ?", "it is John")], pieces_tok, "question-answering")
     assert pieces_tok.decode(encoded[0]["input_ids"], skip_special_tokens=True).endswith("it is john")
+    assert "start_positions" not in encoded[0]
+    answers = {"text": ["John"], "answer_start": [6]}
+    row = {"question": "the user ?", "context": "it is John", "answers": answers}
+    encoded, _ = prepare_infer([row], pieces_tok, "question-answering")
+    assert encoded.labelled
+    assert encoded.reference(0) == ["John"]
 
 
 def test_bad_rows(write: Write, tmp_path: Path, pieces_tok: PreTrainedTokenizerBase) -> None:

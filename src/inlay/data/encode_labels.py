@@ -122,10 +122,12 @@ class SpansEncoder:
                     f"a question that leaves room in max_length={self._max_length} ({error})", value=row.question
                 )
         ids = list(encoded["input_ids"])
-        example = Example(ids, references=row.answers or [""], cut=len(whole["input_ids"]) - len(ids))
+        example = Example(ids, cut=len(whole["input_ids"]) - len(ids))
         if types := encoded.get("token_type_ids"):
             example.token_type_ids = list(types)
-        example.labels = [0, 0]
+        if row.answers is None:
+            return [example]
+        example.labels, example.references = [0, 0], row.answers or [""]
         if row.answers:
             begin, stop = row.starts[0], row.starts[0] + len(row.answers[0])
             whole_encoding: Any = encoded

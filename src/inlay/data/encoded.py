@@ -102,6 +102,12 @@ class Encoded(Sequence[dict[str, Any]]):
             raise DataError(f"{self.origin(i)}: the label {name!r} is not among those of the training data")
         return int(self._numbers[name])
 
+    @property
+    def labelled(self) -> bool:
+        """Whether every example says what is right. Words to tag have labels without it: 0 where a word begins."""
+        examples = (self.example(i) for i in range(len(self)))
+        return all(each.labels is not None and (self.task != TOKEN or each.references) for each in examples)
+
     def example(self, i: int) -> Example:
         """Example `i` as it is stored, with the class numbers of its own source."""
         return self.stores[int(self._store[i])].example(int(self._index[i]))

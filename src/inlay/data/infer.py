@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.data.encoded import Encoded
 from inlay.data.encoding import encoder_for, format_of, making_of, max_length_of
-from inlay.data.formats import ANSWERING, REGRESSION, SEQUENCE, TOKEN, checked_task
+from inlay.data.formats import ANSWERING, KINDS, REGRESSION, SEQUENCE, TOKEN, Format, checked_task
 from inlay.data.labels import Labels
 from inlay.data.readers import InMemory, Reader
 from inlay.data.rows import BadRows
@@ -28,6 +28,7 @@ def prepare_infer(
     *,
     columns: Mapping[str, str] | None = None,
     labels: list[str] | None = None,
+    multi_label: bool = False,
     max_length: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     skipped_file: Path | None = None,
@@ -40,13 +41,14 @@ def prepare_infer(
         task: what the model does.
         columns: role -> column as in training (`Prepared.columns`); roles that predict nothing may be missing.
         labels: the classes of the model, to number those that the rows have; unknown ones are errors.
+        multi_label: whether a text can have several of them, as in training (`Prepared.multi_label`).
         max_length: most tokens of a row, as in training.
         on_bad_row: `skip` needs `skipped_file`, where such rows are written.
         skipped_file: that file.
 
     Returns:
-        The examples (`prompt_ids(i)`, `origin(i)`; `reference(i)` where the rows say what is right), and what was
-        detected, in words.
+        The examples (`prompt_ids(i)`, `origin(i)`; `reference(i)` where the rows say what is right; `labelled` where
+        all do), and what was detected, in words.
 
     Raises:
         DataError: as `prepare` does.
@@ -55,7 +57,7 @@ def prepare_infer(
     if on_bad_row == "skip" and skipped_file is None:
         raise DataError("on_bad_row=skip needs a file to write the skipped rows to (skipped_file)")
     reader = _infer_reader(rows, task, columns or {})
-    form = format_of(reader, None, task, columns, targets=False)
+    form = _form(reader, task, columns)
     length = max_length_of(max_length, tokenizer)
     encoder = encoder_for(form, tokenizer, length, targets=False, one_each=True)
     for name in labels or []:
@@ -67,7 +69,18 @@ def prepare_infer(
         hint = nearest(unknown[0], labels or [])
         raise DataError(f"{reader.name} has the label {unknown[0]!r}, which the model does not know ({hint})")
     store.names = list(making.names)
-    return Encoded([store], form.task, Labels(labels), length), str(form)
+    return Encoded([store], form.task, Labels(labels, multi_label), length), str(form)
+
+
+def _form(reader: Reader, task: str, columns: Mapping[str, str] | None) -> Format:
+    """The format with its targets where the rows have them, else without."""
+    try:
+        form = format_of(reader, None, task, columns)
+        if KINDS[form.kind].targets:
+            return form
+    except DataError:
+        pass
+    return format_of(reader, None, task, columns, targets=False)
 
 
 def _infer_reader(rows: str | Path | Sequence[Any], task: str, columns: Mapping[str, str]) -> Reader:

@@ -144,10 +144,11 @@ def _listed(row: Mapping[str, Any], column: str, expected: str) -> list[Any]:
 def _spans(row: Mapping[str, Any], form: Format, targets: bool) -> Record:
     roles = form.roles
     question, context = get_text(row, roles["question"]), get_text(row, roles["context"])
-    answers: list[str] = []
+    answers: list[str] | None = None
     starts: list[int] = []
     column = roles.get("answers")
     if column is not None and (targets or row.get(column) is not None):
+        answers = []
         value = row.get(column)
         if isinstance(value, list):  # [{"text": ..., "answer_start": ...}, ...]
             value = {
@@ -165,7 +166,7 @@ def _spans(row: Mapping[str, Any], form: Format, targets: bool) -> Record:
     if form.task == ANSWERING:
         return Spans(question, context, answers, starts)
     prompt = f"{context}\n\n{question}"
-    return Prompted(prompt, prompt, (answers or [UNANSWERABLE]) if targets else answers)
+    return Prompted(prompt, prompt, [] if answers is None else answers or [UNANSWERABLE])
 
 
 def _alpaca(row: Mapping[str, Any], roles: Mapping[str, str], targets: bool) -> Prompted:

@@ -39,11 +39,14 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """A question, the context that holds its answers, and where each begins (characters); no answers: unanswerable."""
+    """A question, the context that holds its answers, and where each begins, in characters.
+
+    No answers: there is none in the context. None: nothing is known of the answers.
+    """
 
     question: str
     context: str
-    answers: list[str]
+    answers: list[str] | None
     starts: list[int]
 
 
