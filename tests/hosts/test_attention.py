@@ -83,7 +83,7 @@ def test_a_later_choice_of_attention_function_is_obeyed_and_keeps_the_prefix(lat
 def test_a_function_that_cannot_take_the_keys_is_refused_at_attaching_and_later():
     model = tiny("llama")
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(AttachmentError, match=r"'flex_attention'.*set_attn_implementation\('sdpa'\)"):
+    with pytest.raises(AttachmentError, match=r"'flex_attention'.*set_attn_implementation\(\"sdpa\"\)"):
         prefixed(model)
     assert type(model.model.layers[0].self_attn) is LlamaAttention
     model.set_attn_implementation("sdpa")
@@ -408,13 +408,27 @@ def test_attention_that_does_not_go_through_the_interface_is_refused_by_name():
 
 def test_gpt2_with_its_own_reordered_attention_is_refused():
     model = tiny("gpt2", attn="eager", reorder_and_upcast_attn=True)
-    with pytest.raises(AttachmentError, match="in a way of its own"):
-        prefixed(model)
-    model.set_attn_implementation("sdpa")
     prefixed(model)
-    model.set_attn_implementation("eager")
-    with pytest.raises(AttachmentError, match="in a way of its own"):
+    with pytest.raises(AttachmentError, match="did not call transformers' attention function"):
         model(**features(model))
+    model.set_attn_implementation("sdpa")
+    model(**features(model))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_module_that_compares_the_name_of_its_function_goes_its_usual_way(attn):
+    """DeepSeek's sparse attention masks keys by its indexer under these two names and hands indices on under others."""
+    config = transformers.DeepseekV32Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, index_topk=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    adapter = prefixed(model)
+    inputs = features(model, padding="none")
+    expected = run(without_adapters(model), extras(model, adapter), inputs)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 class Odd(LlamaAttention):

@@ -83,15 +83,10 @@ def former(module: Any) -> tuple[str, Function]:
     name = module.__dict__["config"]._attn_implementation or "eager"
     if name == PROBE:
         return name, module.functions[PROBE]
-    served = name in SERVED and (name != "eager" or module.eager is not None)
-    # A forward that compares the name it reads would take another way; GPT-2 does so for one option only.
-    own_way = name in module.compared and getattr(module, "reorder_and_upcast_attn", True)
-    if not served or own_way:
-        why = f"{type(module).__name__} computes it in a way of its own" if served else "its mask cannot be extended"
-        other = "eager" if name == "sdpa" else "sdpa"
+    if name not in SERVED or (name == "eager" and module.eager is None):
         raise AttachmentError(
-            f"{module._inlay.path} uses the attention function {name!r}, which extra keys cannot enter: {why}. Call "
-            f"model.set_attn_implementation({other!r}), or use methods without prefixes on this model."
+            f"{module._inlay.path} uses the attention function {name!r}, whose mask extra keys cannot extend. Call "
+            'model.set_attn_implementation("sdpa"), or use methods without prefixes on this model.'
         )
     return name, module.functions.get_interface(name, module.eager)
 

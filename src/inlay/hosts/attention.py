@@ -19,19 +19,41 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from inlay.errors import AttachmentError, SiteError
-from inlay.hosts.attend import NAME, Acts, Function, Plan, attend, former
+from inlay.hosts.attend import NAME, SERVED, Acts, Function, Plan, attend, former
 from inlay.hosts.base import Host, Hosted, padding_of
 from inlay.methods.base import ExtraKV, HeadDelta
 from inlay.route import Group
 
 
+class Alias(str):
+    """The name `inlay` to whoever looks the function up, and equal to the former name to whoever compares it.
+
+    So a module that compares the name (sparse attention does) goes the way it would go without inlay. `torch.compile`
+    does not take such a string, so modules that do not compare get a plain one.
+    """
+
+    former: str
+
+    def __new__(cls, former: str) -> Alias:
+        alias = super().__new__(cls, NAME)
+        alias.former = former
+        return alias
+
+    def __eq__(self, other: object) -> bool:
+        return other == self.former or str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+ALIASES = {name: Alias(name) for name in SERVED}
+
+
 class ModuleConfig:
     """The config as a module with active pieces reads it: all as it is, but the name of the attention function."""
 
-    _attn_implementation = NAME
-
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, name: str) -> None:
         self.__dict__["_real"] = real
+        self.__dict__["_attn_implementation"] = name
 
     def __getattr__(self, name: str) -> Any:
         if name == "_real":
@@ -74,7 +96,12 @@ class AttentionHost(Host):
     def config(self) -> Any:
         """The module's config; while pieces are at work it names `attend` as the attention function."""
         real = self.__dict__["config"]
-        return real if self._inlay.plan is None else ModuleConfig(real)
+        if self._inlay.plan is None:
+            return real
+        name = real._attn_implementation
+        # GPT-2 compares the name for one option only.
+        compares = name in self.compared and self.__dict__.get("reorder_and_upcast_attn", True)
+        return ModuleConfig(real, ALIASES.get(name, NAME) if compares else NAME)
 
     @config.setter
     def config(self, value: Any) -> None:
@@ -138,7 +165,8 @@ def enable(model: nn.Module) -> None:
             if "config" not in module.__dict__ or module.functions is None:
                 raise SiteError(
                     f"{path} ({type(module).__name__}) does not choose its attention function by its config, so keys "
-                    "cannot be added to it. Use methods without prefixes on this model (LoRA, Bottleneck, ...)."
+                    "cannot be added to it. Name other attentions as sites (for example 'decoder:heads'), or use methods "
+                    "without prefixes on this model (LoRA, Bottleneck, ...)."
                 )
             former(module)
 
