@@ -21,13 +21,14 @@ class Memo(Generic[T]):
         self._key: tuple[object, ...] | None = None
         self._value: T | None = None
 
-    def get(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    def get(self, key_of: Callable[[], tuple[object, ...]], make: Callable[[], T]) -> T:
         """The value for this key, made now if it is not the one that is kept.
 
         Inside a compiled graph nothing is kept: a version counter is no constant that a graph may rely on.
         """
         if torch.compiler.is_compiling():
             return make()
+        key = key_of()
         if self._key != key or self._value is None:
             self._value = make()
             self._key = key

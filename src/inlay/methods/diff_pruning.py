@@ -50,7 +50,7 @@ class GatedDiff(nn.Module):
             return self._gated(sample=True)
         if torch.is_grad_enabled() and self.value.requires_grad:
             return self.mean()
-        return self._mean.get(versions(self.value, *self.gates()), self.mean)
+        return self._mean.get(lambda: versions(self.value, *self.gates()), self.mean)
 
     def mean(self) -> Tensor:
         """z * d without noise."""

@@ -64,7 +64,7 @@ class DoRADelta(Delta):
 
     def norm(self) -> Tensor:
         """n of shape (O,), fp32, without gradient."""
-        return self._norm.get((*self.frozen.version, *versions(self.A, self.B)), self._norm_O)
+        return self._norm.get(lambda: (*self.frozen.version, *versions(self.A, self.B)), self._norm_O)
 
     def _norm_O(self) -> Tensor:
         # A tensor made in inference mode could not be used by a later backward pass. Autocast would round it.
@@ -77,7 +77,7 @@ class DoRADelta(Delta):
 
     def _base_O(self, weight_OI: Tensor) -> Tensor:
         """‖W‖² of each row, fp32."""
-        return self._base.get(self.frozen.version, lambda: squares(weight_OI))
+        return self._base.get(lambda: self.frozen.version, lambda: squares(weight_OI))
 
     def _weight(self) -> Tensor:
         return rows(self.frozen.weight(), self.columns)

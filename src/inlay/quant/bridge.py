@@ -164,6 +164,9 @@ def _int8_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
 
 def _is_torchao(weight: Tensor) -> bool:
     """torchao weights are tensor subclasses; `Parameter` keeps that subclass as its own type."""
+    # The plain types first: the compiler cannot look into the bases of a tensor class.
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     return any(cls.__module__.partition(".")[0] == "torchao" for cls in type(weight).__mro__)
 
 
