@@ -93,7 +93,7 @@ class Batches:
         return len(self.plan(0))
 
     def plan(self, epoch: int) -> list[list[Ints]]:
-        """The batches of an epoch as lists of rows, each row the numbers of its examples (one, unless packed)."""
+        """The numbers of the examples of each batch of an epoch: one array, or one per sequence of packed ones."""
         if not self._shuffle:
             epoch = 0
         if self._plan is None or self._plan[0] != epoch:
@@ -157,9 +157,11 @@ class Batches:
                 bins = [bins[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(bins))]
             batches = [bins[at : at + self.batch_size] for at in range(0, len(bins), self.batch_size)]
         else:
-            batches = [[np.array([i]) for i in chunk] for chunk in self._chunks(order, lengths, epoch)]
-        if self._drop_last and batches and len(batches[-1]) < self.batch_size:
-            batches.pop()
+            batches = [[chunk] for chunk in self._chunks(order, lengths, epoch)]
+        if self._drop_last and batches:
+            last = batches[-1]
+            if len(last if self.encoded.packing else last[0]) < self.batch_size:
+                batches.pop()
         return batches
 
     def _chunks(self, order: Ints, lengths: NDArray[np.int32], epoch: int) -> list[Ints]:

@@ -43,8 +43,9 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Ints, capacity: int) -> li
         raise DataError(f"an example of {int(lengths.max())} tokens does not fit into sequences of {capacity}")
     bin_of = np.zeros(len(lengths), np.int64)
     free = np.zeros(0, np.int64)
-    for length in np.unique(lengths)[::-1]:
-        things = np.flatnonzero(lengths == length)
+    distinct, counts = np.unique(lengths, return_counts=True)
+    grouped = np.split(np.argsort(lengths, kind="stable"), np.cumsum(counts)[:-1])
+    for length, things in zip(distinct[::-1], grouped[::-1], strict=False):  # np.split of nothing is one empty part
         each = capacity // max(int(length), 1)
         room = free // max(int(length), 1)
         fresh = -(-max(0, len(things) - int(room.sum())) // each)
