@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from inlay.train.defaults import BASELINE_STEPS, defaults
 from inlay.train.evaluate import Evaluator
 from inlay.train.loop import Loop
 from inlay.train.progress import Display
-from inlay.train.session import Session, seed_everything
+from inlay.train.session import Session, attach_new, seed_everything
 from inlay.train.signals import StopRequest
 
 BASELINE_NAME = "headonly"
@@ -41,7 +39,7 @@ def head_only(session: Session, evaluator: Evaluator, main: Loop, stop: StopRequ
     )
     seed_everything(config.seed)
     active: list[str] = list(inlay.adapters(session.model))
-    adapter: Any = inlay.attach(session.model, inlay.HeadOnly(), name="head-only")
+    adapter = attach_new(session, inlay.HeadOnly(), "head-only")
     try:
         display = Display(main.display.console, steps, quiet=not main.display.live)
         loop = Loop(

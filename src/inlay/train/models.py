@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -99,7 +100,15 @@ def kind_of(model_config: Any) -> ModelKind:
     return "decoder" if writes or getattr(model_config, "is_decoder", False) else "encoder"
 
 
-def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torch.device) -> Any:
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and the paths of its modules whose weights are new because the checkpoint has none that fit."""
+
+    model: Any
+    new: tuple[str, ...]
+
+
+def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torch.device) -> Loaded:
     """The base model with a head for the task, its weights as `dtype` and `quantization` say.
 
     Raises:
@@ -107,28 +116,20 @@ def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torc
     """
     import transformers
 
-    task, extra = purpose.task, dict[str, Any]()
-    if task in ("sequence-classification", "token-classification"):
-        names = list(purpose.labels or ())
-        extra = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-        }
-        if purpose.multi_label:
-            extra["problem_type"] = "multi_label_classification"
-    elif task == "regression":
-        extra = {"num_labels": 1, "problem_type": "regression"}
-    if config.attn_implementation:
-        extra["attn_implementation"] = config.attn_implementation
+    task = purpose.task
     with _told(config.model, task), _quiet():
-        model = getattr(transformers, AUTO[task]).from_pretrained(
+        model, info = getattr(transformers, AUTO[task]).from_pretrained(
             source_of(config.model),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             dtype=_dtype(config, device),
-            **extra,
+            # A head for other classes is made anew; anything else that does not fit is refused below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_head_settings(purpose),
+            **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
         )
+    _refuse_mismatches(config.model, model, info["mismatched_keys"])
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if config.quantization is not None:
@@ -136,7 +137,38 @@ def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torc
 
         storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization]
         inlay.quantize(model, storage(double_quant=config.double_quant is not False))
-    return model.to(device)
+    new = {str(key).rpartition(".")[0] for key in info["missing_keys"]}
+    new |= {str(key[0]).rpartition(".")[0] for key in info["mismatched_keys"]}
+    return Loaded(model.to(device), tuple(sorted(new)))
+
+
+def _head_settings(purpose: Purpose) -> dict[str, Any]:
+    if purpose.task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if purpose.task == "question-answering":
+        return {"num_labels": 2}
+    if purpose.task not in ("sequence-classification", "token-classification"):
+        return {}
+    names = list(purpose.labels or ())
+    kind = {"problem_type": "multi_label_classification"} if purpose.multi_label else {}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        **kind,
+    }
+
+
+def _refuse_mismatches(name: str, model: Any, mismatched: Iterable[Any]) -> None:
+    """Outside the head, weights of another shape mean that configuration and weights are not of one model."""
+    inside = f"{model.base_model_prefix}."
+    wrong = [
+        f"{key} {tuple(stored)} instead of {tuple(wanted)}"
+        for key, stored, wanted in mismatched
+        if key.startswith(inside)
+    ]
+    if wrong:
+        raise ConfigError(f"model: the weights of {name} do not fit its config.json: {'; '.join(wrong[:3])}")
 
 
 def load_any(config: RunConfig, task: str | None = None) -> Any:

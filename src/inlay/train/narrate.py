@@ -62,7 +62,8 @@ class Narrator:
         needed = memory.estimate(
             model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
         )
-        self.fact("method", escape(repr(adapter.method)))
+        new = f"new weights, trained with it: {', '.join(session.new_modules)}" if session.new_modules else ""
+        self.fact("method", escape(repr(adapter.method)), *([escape(new)] if new else []))
         self.fact(
             "plan",
             f"{trained:,} parameters are trained{parts}, {stored:,} stored; the base has {base:,} "

@@ -29,7 +29,7 @@ from inlay.train.metrics import MAIN
 from inlay.train.narrate import INDENT, Narrator, escape, title_of
 from inlay.train.progress import Display
 from inlay.train.samples import Samples, generation_metrics
-from inlay.train.session import Session, identity, open_session
+from inlay.train.session import Session, attach_new, identity, open_session
 from inlay.train.signals import StopRequest
 
 ADAPTER = "default"
@@ -69,9 +69,7 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
     with StopRequest() as stop:
         session = open_session(config, name, narrator.say)
         run = _same_everywhere(session, run)
-        import inlay
-
-        adapter = inlay.attach(session.model, method, name=ADAPTER)
+        adapter = attach_new(session, method, ADAPTER)
         _ready_model(session)
         return _Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
 

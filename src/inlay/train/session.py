@@ -34,6 +34,7 @@ class Session:
     tokenizer: Any
     prepared: Prepared
     model: Any
+    new_modules: tuple[str, ...]
     train_batches: Batches
 
     @property
@@ -85,11 +86,21 @@ def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
     config = resolve_precision(resolve_method(config, method_name, prepared.task), accelerator.device)
     say(f"loading {config.model}")
     seed_everything(config.seed)
-    model = models.load_model(config, prepared, tokenizer, accelerator.device)
+    loaded = models.load_model(config, prepared, tokenizer, accelerator.device)
     train = batches_of(prepared.train, config, tokenizer, prepared.task, accelerator.device, train=True)
     steps = total_steps(config, len(train), accelerator.num_processes)
     config = resolve_steps(config, steps, held_out=bool(prepared.evals))
-    return Session(config, accelerator, tokenizer, prepared, model, train)
+    return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train)
+
+
+def attach_new(session: Session, method: Any, name: str) -> Any:
+    """Attach a method. Modules whose weights are new are trained with it: frozen noise helps nobody."""
+    import inlay
+
+    found = inlay.anatomy(session.model)
+    head = [site.leave for site in found.select("head")] if found.new_head else []
+    new = [path for path in session.new_modules if path not in head]
+    return inlay.attach(session.model, method, name=name, head=[*head, *new] if new else "auto")
 
 
 def data_spec(config: RunConfig) -> DataSpec:

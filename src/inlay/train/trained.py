@@ -19,7 +19,7 @@ from inlay.train.generate import Decoding, generate
 from inlay.train.loss import forward
 from inlay.train.narrate import title_of
 from inlay.train.precision import autocast
-from inlay.train.session import batches_of, data_spec, open_accelerator
+from inlay.train.session import batches_of, data_spec, open_accelerator, seed_everything
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ def open_trained(
     tokenizer = models.load_tokenizer(config)
     if say is not None:
         say(f"loading {config.model} with {path}")
-    model = models.load_model(config, facts, tokenizer, device)
+    seed_everything(config.seed)  # what the checkpoint lacks is drawn as it was in training
+    model = models.load_model(config, facts, tokenizer, device).model
     handle = inlay.load(model, path)
     model.eval()
     return Trained(folder, config, facts, tokenizer, model, handle, device)
