@@ -161,6 +161,17 @@ def unmerge(adapter: Adapter) -> None:
     state.activate(state.groups, state.batch)
 
 
+def original(model: nn.Module, path: str, name: str) -> nn.Parameter | None:
+    """A parameter of the base as it was before anything was merged into it."""
+    state = state_of(model)
+    for merged in state.merged if state is not None else ():
+        saved = state.adapters[merged]._merge_record.saved.get(path)  # type: ignore[union-attr]
+        if saved is not None:
+            parameter: nn.Parameter | None = saved.parameters.get(name)
+            return parameter
+    return model.get_submodule(path)._parameters.get(name)
+
+
 def _attached(adapter: Adapter) -> State:
     state = state_of(adapter.model)
     if state is None or state.adapters.get(adapter.name) is not adapter:

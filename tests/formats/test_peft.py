@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import inlay
@@ -43,14 +41,17 @@ def theirs(family: str, task: str | None, config: Any, folder: Path, *, ours: di
 
 
 def logits_of(model: nn.Module) -> Tensor:
+    base = model.get_base_model()
     with torch.no_grad():
-        return model(**batch(model.get_base_model())).logits
+        # With labels, PEFT's AdaLoRA looks for an adapter in training and fails.
+        return model(**batch(base, labels=base.config.is_encoder_decoder)).logits
 
 
 def in_peft(family: str, task: str | None, folder: Path, *, ours: dict[str, Any] | None = None) -> Tensor:
     """What PEFT computes with a folder that inlay wrote. A warning of a missing or unexpected key is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # also for PEFT's own AdaLoRA folders
         model = peft.PeftModel.from_pretrained(tiny(family, task, **(ours or {})), folder).eval()
     return logits_of(model)
 
@@ -125,3 +126,128 @@ def there_and_back(family: str, task: str | None, config: Any, tmp_path: Path, *
     adapter.detach()
     assert same_bits(model, before)
     return adapter
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "settings"),
+    [
+        ("llama", None, {}),
+        ("llama", None, {"target_modules": ["q_proj", "o_proj", "up_proj"], "feedforward_modules": ["up_proj"]}),
+        ("gpt2", None, {"fan_in_fan_out": True}),
+        ("bert", "cls", {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}),
+        ("t5", None, {}),
+        ("bart", None, {}),
+    ],
+)
+def test_ia3_from_peft_and_back(family, task, settings, tmp_path):
+    kind = "SEQ_CLS" if task else "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"
+    there_and_back(family, task, peft.IA3Config(task_type=kind, **settings), tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [8, 3, 0])
+def test_adalora_keeps_its_divisor_and_its_ranks(alpha, tmp_path):
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=3, lora_alpha=alpha, tinit=1, tfinal=1, total_step=6, deltaT=1, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj", "down_proj"],
+    )  # fmt: skip
+    model = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = peft.get_peft_model(model, config)
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], 1e-1)
+        for step in range(6):
+            trained(**batch(model)).loss.backward()
+            optimizer.step()
+            trained.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        trained.eval()
+        fill(trained)
+        allocator, pattern = trained.base_model.rankallocator, trained.peft_config["default"].rank_pattern
+        allocator.mask_using_rank_pattern(trained.base_model.model, pattern)
+        # Read again, PEFT would take the kept rank for an alpha of 0, and compute something else than was trained.
+        expected = logits_of(trained)
+        trained.save_pretrained(tmp_path / "peft")
+    kept = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rank_pattern"]
+    assert len({sum(mask) for mask in kept.values()}) > 1, "all modules kept the same rank: nothing is proven"
+    ours = tiny("llama")
+    adapter = inlay.load(ours, tmp_path / "peft")
+    torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
+    adapter.save(tmp_path / "ours", format="peft")
+    torch.testing.assert_close(in_peft("llama", None, tmp_path / "ours"), expected, atol=1e-5, rtol=1e-5)
+
+
+OURS: dict[str, tuple[str, str | None, inlay.Method]] = {
+    "parts of a fused projection": (
+        "gpt2",
+        None,
+        inlay.LoRA(rank={"attn.q": 2, "default": 3}, sites=("attn.q", "attn.v")),
+    ),
+    "dora on parts of a fused projection": ("gpt2", None, inlay.DoRA(rank=2, sites=("attn.q", "attn.v", "ffn.up"))),
+    "two pairs at one module": ("llama", None, inlay.LoRA(rank=2, sites="attn.q") + inlay.LoRA(rank=3, sites="linear")),
+    "embedding and all linear": ("llama", None, inlay.LoRA(rank=2, rslora=True, sites=("linear", "embed"))),
+    "scaled embedding": ("bart", None, inlay.LoRA(rank=2, sites=("embed", "attn.q"))),
+    "trained norms": ("llama", None, inlay.LoRA(rank=2) + inlay.Full(sites="norm")),
+    "all biases": ("bert", "cls", inlay.LoRA(rank=2, sites="attn.q") + inlay.BitFit()),
+    "some biases": ("bert", "cls", inlay.LoRA(rank=2, sites="attn.q") + inlay.BitFit(sites=("attn.q", "ffn.up"))),
+    "biases of the adapted": ("bert", "token", inlay.LoRA(rank=2, sites="attn.q") + inlay.BitFit(sites="attn.q")),
+    "layers": ("gpt_neox", None, inlay.LoRA(rank=2, sites="ffn.up", layers=(-1,))),
+    "roberta": ("roberta", "cls", inlay.LoRA(rank=2, sites="attn.v")),
+    "ia3 on a fused projection": ("gpt2", None, inlay.IA3()),
+    "ia3": ("modernbert", "cls", inlay.IA3()),
+    "adalora": ("opt", None, inlay.AdaLoRA(init_rank=4, target_rank=2)),
+    "t5 classifier": ("t5", "cls", inlay.LoRA(rank=2, sites=("attn.q", "cross.v"))),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_ours_in_peft_and_back(case, tmp_path):
+    family, task, method = OURS[case]
+    ours = {"scale_embedding": True} if case == "scaled embedding" else {}
+    model = tiny(family, task, **ours)
+    plain = logits(model)
+    adapter = randomise(inlay.attach(model, method))
+    expected = logits(model)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    adapter.save(tmp_path / "a", format="peft")
+    torch.testing.assert_close(in_peft(family, task, tmp_path / "a", ours=ours), expected, atol=1e-5, rtol=1e-5)
+    again = tiny(family, task, **ours)
+    inlay.load(again, tmp_path / "a")
+    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_saving_while_merged_writes_the_same_folder(tmp_path):
+    model = tiny("bert", "cls")
+    adapter = randomise(inlay.attach(model, inlay.LoRA(rank=2, sites="attn.q") + inlay.BitFit()))
+    adapter.save(tmp_path / "before", format="peft")
+    adapter.merge()
+    adapter.save(tmp_path / "merged", format="peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "named"),
+    [
+        ("llama", inlay.Bottleneck(size=4), "BottleneckDelta"),
+        ("llama", inlay.LoRA(rank=2) + inlay.Bottleneck(size=4), "mixes BottleneckDelta, LoRADelta"),
+        ("llama", inlay.LoRA(rank=2) + inlay.IA3(), "mixes LoRADelta, ScaleDelta"),
+        (
+            "llama",
+            inlay.LoRA(rank=2, sites="attn.q") + inlay.DoRA(rank=2, sites="attn.v"),
+            "mixes DoRADelta, LoRADelta",
+        ),
+        ("llama", inlay.LoRA(rank=2, sites="attn.q") + inlay.Full(sites="attn.q"), "adapted as well"),
+        ("llama", inlay.Full(sites="norm"), "by itself"),
+        ("bert", inlay.BitFit(), "by itself"),
+        ("bert", inlay.IA3() + inlay.BitFit(), "mixes BiasDelta, ScaleDelta"),
+        ("llama", inlay.LoRA(rank=2) + inlay.BitFit(sites="attn.q", add_missing=True), "no place for a new one"),
+        ("llama", inlay.IA3(sites="attn.q") + inlay.IA3(sites="attn.q:input"), "one of the two"),
+        ("gpt2", inlay.AdaLoRA(sites="attn.q"), "fused"),
+        ("gpt2", inlay.DoRA(sites="attn.q") + inlay.DoRA(sites="attn.q"), "several DoRA"),
+    ],
+)
+def test_what_peft_has_no_place_for_is_refused_by_name(family, method, named, tmp_path):
+    adapter = inlay.attach(tiny(family), method)
+    with pytest.raises(FormatError, match=named):
+        adapter.save(tmp_path / "a", format="peft")
+    assert list(tmp_path.iterdir()) == []

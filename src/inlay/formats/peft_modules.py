@@ -19,6 +19,7 @@ from inlay.build import HEAD
 from inlay.errors import InlayError
 from inlay.formats.native import resize_heads
 from inlay.formats.peft_folder import Folder, Reading, check_settings, refuse
+from inlay.merge import original
 from inlay.methods.adalora import AdaLoRA
 from inlay.methods.base import Method, Mix, Piece
 from inlay.methods.bitfit import BiasDelta, BitFit
@@ -111,7 +112,7 @@ def read_lora(folder: Folder, model: nn.Module, modules: dict[str, nn.Module], a
         table = "_embedding" if isinstance(modules[path], nn.Embedding) else ""
         wanted = {f"lora{table}_A": (ranks[path], into), f"lora{table}_B": (out, ranks[path])}
         _compare(found, path, tensors, wanted | ({"lora_magnitude_vector": (out,)} if dora else {}))
-    heads, biases = _base_modules(folder, found, modules)
+    heads, biases = _base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     method = (DoRA if dora else LoRA)(
         rank=mapping(ranks),
@@ -147,7 +148,7 @@ def read_adalora(folder: Folder, model: nn.Module, modules: dict[str, nn.Module]
         out, into = _shape(found, path, modules[path])
         k = int(kept[path].sum())
         _compare(found, path, tensors, {"lora_A": (k, into), "lora_B": (out, k), "lora_E": (k, 1)})
-    heads, biases = _base_modules(folder, found, modules)
+    heads, biases = _base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     method = AdaLoRA(
         init_rank=rank,
@@ -179,7 +180,7 @@ def read_ia3(folder: Folder, model: nn.Module, modules: dict[str, nn.Module], an
     for path, tensors in found.modules.items():
         out, into = _shape(found, path, modules[path])
         _compare(found, path, tensors, {"ia3_l": (1, into) if path in entering else (out, 1)})
-    heads, biases = _base_modules(folder, found, modules)
+    heads, biases = _base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     leaving = [p for p in found.modules if p not in entering]
     sites = (*spell(anatomy, leaving), *(f"{selector}:input" for selector in spell(anatomy, entering)))
@@ -202,7 +203,8 @@ def _reading(
             if isinstance(piece, Copy) and key.endswith(f".{HEAD}"):
                 piece.load_stored(found.base[site.leave])
             elif isinstance(piece, BiasDelta):
-                bias: Any = adapter.model.get_submodule(site.leave).bias
+                bias = original(adapter.model, site.leave, "bias")
+                assert bias is not None
                 stored = biases[site.leave].to(bias.device, torch.float32)
                 piece.load_stored({"b": stored - bias.detach().float()})
             else:
@@ -212,7 +214,7 @@ def _reading(
 
 
 def _base_modules(
-    folder: Folder, found: Found, modules: dict[str, nn.Module]
+    folder: Folder, found: Found, model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Modules that were trained as a whole, and biases that were trained by themselves."""
     heads: list[str] = []
@@ -222,7 +224,7 @@ def _base_modules(
         own = {n: p for n, p in modules[path]._parameters.items() if p is not None}
         if path in found.modules and "weight" in tensors:
             # PEFT writes a targeted embedding's own weight along.
-            if not _same(tensors["weight"], own["weight"]):
+            if not _same(tensors["weight"], original(model, path, "weight")):
                 found.problems.append(
                     f"{path} brings a weight of its own that is not this model's (resized vocabulary?)"
                 )
@@ -268,8 +270,8 @@ def _bias_problems(
     return missing + [f"unexpected {PREFIX}{path}.bias (bias={mode!r})" for path in sorted(biases.keys() - wanted)]
 
 
-def _same(stored: Tensor, own: nn.Parameter) -> bool:
-    return stored.shape == own.shape and torch.equal(stored.to(own.dtype), own.detach().cpu())
+def _same(stored: Tensor, own: nn.Parameter | None) -> bool:
+    return own is not None and stored.shape == own.shape and torch.equal(stored.to(own.dtype), own.detach().cpu())
 
 
 def _compare_with_targets(folder: Folder, found: Found, modules: dict[str, nn.Module], anatomy: Anatomy) -> None:

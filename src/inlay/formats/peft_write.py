@@ -18,6 +18,7 @@ from inlay.anatomy.base import Site
 from inlay.anatomy.probe import modules_of
 from inlay.errors import FormatError
 from inlay.formats.peft_folder import Writing
+from inlay.merge import original
 from inlay.methods.adalora import AdaLoRA, AdaLoRADelta
 from inlay.methods.base import Method, Piece
 from inlay.methods.bitfit import BiasDelta
@@ -68,7 +69,7 @@ def write_modules(adapter: Adapter) -> Writing:
     targets = {site.leave for site, _ in main}
     writing.settings["target_modules"] = _names(targets, modules)
     _add_copies(writing, copies, modules, targets)
-    _add_biases(writing, biases, modules, targets, {s.leave for s, _ in copies})
+    _add_biases(writing, biases, adapter.model, targets, {s.leave for s, _ in copies})
     return writing
 
 
@@ -229,24 +230,22 @@ def _containers(paths: set[str], modules: dict[str, nn.Module]) -> list[str]:
     return sorted(names)
 
 
-def _add_biases(
-    writing: Writing, biases: list[Placed], modules: dict[str, nn.Module], targets: set[str], copied: set[str]
-) -> None:
+def _add_biases(writing: Writing, biases: list[Placed], model: nn.Module, targets: set[str], copied: set[str]) -> None:
     if not biases:
         return
     deltas: dict[str, Tensor] = {}
     for site, piece in biases:
-        own = modules[site.leave]._parameters.get("bias")
+        own = original(model, site.leave, "bias")
         if own is None:
             raise FormatError(f"{site.leave} has no bias, and PEFT's format has no place for a new one.")
         assert isinstance(piece, BiasDelta)
         delta = deltas.setdefault(site.leave, torch.zeros(own.shape))
         delta[_rows(site, len(delta))] += piece.b.detach().cpu().float()
-    every = {p for p, m in modules.items() if isinstance(m._parameters.get("bias"), nn.Parameter) and p not in copied}
+    every = {p for p, _ in modules_of(model) if original(model, p, "bias") is not None} - copied
     only = every & targets
     writing.settings["bias"] = "lora_only" if set(deltas) <= only else "all"
     for path in sorted(only if writing.settings["bias"] == "lora_only" else every):
-        own = modules[path]._parameters["bias"]
+        own = original(model, path, "bias")
         assert own is not None
         value = own.detach().cpu().float() + deltas.get(path, torch.zeros(own.shape))
         inner = ".base_layer" if path in targets else ""
