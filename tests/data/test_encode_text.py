@@ -190,3 +190,23 @@ def test_a_conversation_makes_a_target_of_every_answer(pieces_tok: PreTrainedTok
 def test_a_document_of_nothing_is_an_error(words_tok: PreTrainedTokenizerBase, content: str) -> None:
     (found,) = CausalEncoder(words_tok, 10)([Document(content, first=False, last=False)])
     assert isinstance(found, RowError)
+
+
+def test_an_answer_that_does_not_fit_spoils_its_own_conversation_only(chat_tok: Make) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] + (':' if m['role'] == 'user' or loop.last else ':~') + m['content'] }}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+
+    def conversation(first: str) -> Chat:
+        contents = ("one", first, "two", "three")
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        return Chat(messages, [False, True, False, True], None)
+
+    encoder = CausalEncoder(chat_tok(template), 40)
+    bad, good = encoder([conversation("fox " * 60), conversation("fox")])
+    assert isinstance(bad, RowError)
+    assert good == CausalEncoder(chat_tok(template), 40)([conversation("fox")])[0]
+    assert isinstance(good, list)
+    assert [answer_of(chat_tok(), example) for example in good] == ["fox<|im_end|>", "three<|im_end|>"]

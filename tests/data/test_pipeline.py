@@ -179,6 +179,23 @@ def test_several_labels_per_text(write: Write, cache: Path, pieces_tok: PreTrain
     assert [row["labels"] for row in prepared.train] == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 
 
+def test_several_labels_when_streaming(write: Write, cache: Path, pieces_tok: PreTrainedTokenizerBase) -> None:
+    rows = [{"text": "a film", "labels": ["x", "z"]}, {"text": "b", "labels": ["y"]}]
+    path = str(write("a.jsonl", jsonl(*rows)))
+    spec = DataSpec(path, cache_dir=cache, eval_fraction=0, streaming=True)
+    prepared = prepare(spec, pieces_tok, "encoder")
+    assert prepared.multi_label
+    assert prepared.train[0]["labels"] == [1.0, 0.0, 1.0]
+
+
+def test_a_copy_of_a_file_is_named_by_its_own_name(
+    write: Write, cache: Path, pieces_tok: PreTrainedTokenizerBase
+) -> None:
+    for name in ("a.csv", "b.csv"):
+        spec = DataSpec(str(write(name, csv_of(REVIEWS))), cache_dir=cache)
+        assert prepare(spec, pieces_tok, "encoder").train.origin(0).startswith(name)
+
+
 def test_evaluation_sets_by_name(write: Write, cache: Path, pieces_tok: PreTrainedTokenizerBase) -> None:
     train = str(write("train.csv", csv_of(REVIEWS)))
     near, far = write("near.csv", csv_of(REVIEWS[:5])), write("far.jsonl", jsonl({"sentence": "a day", "label": "neg"}))

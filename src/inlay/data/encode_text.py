@@ -17,6 +17,7 @@ from inlay.data.rows import Chat, Document, Prompted, Record, RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REWRITTEN = "conversations made into one example per answer, because the template rewrites the history"
 PROMPT_OF_DOCUMENT = 32
 """Most tokens of running text that are given as a prompt for a sample."""
 
@@ -88,7 +89,8 @@ class CausalEncoder:
             learned = len(self._before) + min(len(prompt_ids[i]), len(joined[i]))
             ids, prompt = self._before + joined[i] + self._end, self._before + prompt_ids[i]
             labels = [MASKED] * learned + ids[learned:]
-            results.append(self._fit(Example(ids, labels, None, prompt, record.references, 0, notes.get(i, ""))))
+            fitted = self._fit(Example(ids, labels, None, prompt, record.references, 0, notes.get(i, "")))
+            results.append(fitted if isinstance(fitted, RowError) else [fitted])
         return results
 
     def _apart(self, answers: Sequence[str]) -> list[list[list[int]]]:
@@ -108,57 +110,45 @@ class CausalEncoder:
         return texts[0] == texts[1]
 
     def _conversations(self, chats: Sequence[Chat]) -> list[list[Example] | RowError]:
-        turns: list[list[Turn] | RowError] = []
+        written: list[list[Turn] | RowError] = []
         for chat in chats:
             try:
-                if self._targets:
-                    turns.append(self._chat.turns(chat))
-                else:
-                    turns.append([Turn("", [], self._chat.prompt(chat), None)])
+                prompt_only = [] if self._targets else [Turn("", [], self._chat.prompt(chat), None)]
+                written.append(prompt_only or self._chat.turns(chat))
             except RowError as error:
-                turns.append(error)
-        flat = [turn for each in turns if isinstance(each, list) for turn in each]
-        prompts = iter(ids_of(self._tokenizer, [turn.prompt for turn in flat]))
-        encoded = iter(self._learned(flat) if self._targets else [([], [])] * len(flat))
+                written.append(error)
+        flat = [turn for turns in written if isinstance(turns, list) for turn in turns]
+        encoded = iter(self._examples_of(flat))
         results: list[list[Example] | RowError] = []
-        for each in turns:
-            if isinstance(each, RowError):
-                results.append(each)
+        for turns in written:
+            if isinstance(turns, RowError):
+                results.append(turns)
                 continue
-            examples: list[Example] = []
-            for turn in each:
-                (ids, labels), prompt = next(encoded), next(prompts)
-                if self._chat.plain:
-                    ids, labels, prompt = (
-                        self._before + ids,
-                        [MASKED] * len(self._before) + labels,
-                        self._before + prompt,
-                    )
-                references = [turn.reference] if turn.reference is not None else []
-                if not self._targets:
-                    examples.append(Example(prompt, prompt_ids=prompt, references=references))
-                    continue
-                note = (
-                    f"answers without the {turn.added!r} that the chat template begins them with" if turn.added else ""
-                )
-                if len(each) > 1:
-                    note = (
-                        note
-                        or "conversations made into one example per answer, because the template rewrites the history"
-                    )
-                fitted = self._fit(Example(ids, labels, None, prompt, references, 0, note))
-                if isinstance(fitted, RowError):
-                    results.append(fitted)
-                    break
-                examples += fitted
-            else:
-                if self._one_each and len(examples) > 1:
-                    results.append(
-                        RowError("a conversation that makes one example, when streaming", value=len(examples))
-                    )
-                else:
-                    results.append(examples)
+            found = [next(encoded) for _ in turns]
+            errors = [one for one in found if isinstance(one, RowError)]
+            if self._one_each and len(turns) > 1:
+                errors.append(RowError("a conversation that makes one example, when streaming", value=len(turns)))
+            results.append(errors[0] if errors else [one for one in found if isinstance(one, Example)])
+            if len(turns) > 1 and not errors:
+                for one in found:
+                    if isinstance(one, Example):
+                        one.note = one.note or REWRITTEN
         return results
+
+    def _examples_of(self, turns: Sequence[Turn]) -> list[Example | RowError]:
+        before = self._before if self._chat.plain else []  # a template writes special tokens itself
+        prompts = ids_of(self._tokenizer, [turn.prompt for turn in turns])
+        learned = self._learned(turns) if self._targets else [([], []) for _ in turns]
+        examples: list[Example | RowError] = []
+        for turn, prompt, (ids, labels) in zip(turns, prompts, learned, strict=True):
+            references = [turn.reference] if turn.reference is not None else []
+            if not self._targets:
+                examples.append(Example(before + prompt, prompt_ids=before + prompt, references=references))
+                continue
+            note = f"answers without the {turn.added!r} that the chat template begins them with" if turn.added else ""
+            labels = [MASKED] * len(before) + labels
+            examples.append(self._fit(Example(before + ids, labels, None, before + prompt, references, 0, note)))
+        return examples
 
     def _learned(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
         """Tokens and labels of texts of which some characters are learned."""
@@ -180,7 +170,7 @@ class CausalEncoder:
             results.append((list(ids), labels))
         return results
 
-    def _fit(self, example: Example) -> list[Example] | RowError:
+    def _fit(self, example: Example) -> Example | RowError:
         """Cut to `max_length`; an error where nothing to learn is left."""
         length, labels = len(example.input_ids), example.labels or []
         if labels:
@@ -193,7 +183,7 @@ class CausalEncoder:
                 f"something to learn within max_length={self._max_length} tokens (raise it, or shorten the prompt); the"
                 f" answer begins at token {first + 1} of {length}"
             )
-        return [example]
+        return example
 
 
 class Seq2SeqEncoder:

@@ -23,11 +23,11 @@ from inlay.data.encoding import (
     sample_of,
 )
 from inlay.data.formats import CAUSAL, Format, ModelKind, checked_task
-from inlay.data.labels import Labels, check_known, labels_of
+from inlay.data.labels import check_known, labels_of
 from inlay.data.lazy import LazyStore
 from inlay.data.parse import parse
 from inlay.data.readers import Reader, names_of
-from inlay.data.rows import BadRows, Labelled, Tagged
+from inlay.data.rows import BadRows, Labelled, names_in
 from inlay.data.sources import Reading, open_source
 from inlay.data.spec import DataSpec, Prepared, Report, default_cache_dir, merged_notes
 from inlay.data.splits import hold_out
@@ -69,6 +69,8 @@ def prepare(
         raise DataError("data is empty; expected a file, a folder or a hub name")
     if spec.weights is not None and (len(spec.weights) != len(names) or min(spec.weights) <= 0):
         raise DataError(f"weights are {spec.weights} for {len(names)} sets of data; expected a number above 0 for each")
+    if spec.packing and spec.streaming:
+        raise DataError("packing needs the length of every example, which streaming does not know; choose one of them")
     if not 0 <= spec.eval_fraction < 1:
         raise DataError(f"eval_fraction is {spec.eval_fraction}; expected 0 or more and less than 1")
     preparation = _Preparation(spec, tokenizer, model_kind, progress or (lambda what, done, total: None))
@@ -112,41 +114,29 @@ class _Preparation:
         self.reading = Reading(documents=documents, seed=spec.seed, cache_dir=self.cache_dir, piece=piece)
 
     def run(self, names: list[str]) -> Prepared:
+        """The steps in order."""
         spec = self.spec
-        train: list[_Source] = []
-        own_eval: list[tuple[str, Reader]] = []
-        for name in names:
-            opened = open_source(name, self.reading)
-            train.append(self._source(name, opened.train, train[0].form if train else None))
-            if opened.held_out is not None:
-                own_eval.append((name, opened.held_out))
+        opened = [open_source(name, self.reading) for name in names]
+        train = [self._source(names[0], opened[0].train, None)]
         form = train[0].form
-        others = [source.name for source in train if source.form.task != form.task]
-        if others:
-            raise DataError(f"{names[0]} is data for {form.task}, {others[0]} is not; sets of one run have one task")
-        eval_sources = self._eval_sources(form, own_eval)
-        task, labels = labels_of(
-            form, checked_task(spec.task), [source.store for source in train], train[0].reader.name
-        )
-        encoded = self._encoded([source.store for source in train], task, labels, packing=spec.packing)
+        train += [self._source(name, each.train, form) for name, each in zip(names[1:], opened[1:], strict=True)]
+        own = [(name, each.held_out) for name, each in zip(names, opened, strict=True) if each.held_out is not None]
+        eval_sources = self._eval_sources(form, own)
+        stores = [source.store for source in train]
+        task, labels = labels_of(form, checked_task(spec.task), stores, train[0].reader.name)
+        encoded = Encoded(stores, task, labels, self.max_length, packing=spec.packing)
         if spec.weights is not None:
             encoded.mixture = self._mixture(names, encoded, spec.weights)
         evals = {}
         for name, sources in eval_sources.items():
-            stores = [source.store for source in sources]
             check_known(labels, [source.store for source in sources], name)
-            evals[name] = self._encoded(stores, task, labels, packing=False)
+            evals[name] = Encoded([source.store for source in sources], task, labels, self.max_length)
         split = ""
         if not evals and spec.eval_fraction > 0:
             encoded, held_out, split = self._hold_out(encoded, form)
-            if held_out is not None:
-                evals = {"eval": held_out}
+            evals = {"eval": held_out} if held_out is not None else {}
         if not len(encoded):
             raise DataError(f"{', '.join(names)}: no row is left to learn from")
-        if spec.packing and spec.streaming:
-            raise DataError(
-                "packing needs the length of every example, which streaming does not know; choose one of them"
-            )
         self.report.measure(encoded)
         self.report.notes += merged_notes(self.notes)
         keys = [source.key for source in train] + [s.key for sources in eval_sources.values() for s in sources]
@@ -189,11 +179,14 @@ class _Preparation:
             if set(like.roles.values()) <= set(getattr(reader, "columns", None) or names_of(sample_of(reader))):
                 columns = like.roles
         form = format_of(reader, self.model_kind, task, columns)
+        if self.spec.packing and form.task != CAUSAL:
+            raise DataError(f"packing puts texts for {CAUSAL} together; the task is {form.task}. Set packing to false.")
         if like is not None and form.multi_text != like.multi_text:
             raise DataError(
                 f"{reader.name} and the first set of data differ: one has pairs of texts, the other has not"
             )
         key = store_key(
+            name=reader.name,
             rows=reader.fingerprint(),
             form=[form.kind, form.roles, form.task],
             tokenizer=self.tokenizer_hash,
@@ -237,27 +230,20 @@ class _Preparation:
         bad = BadRows(self.spec.on_bad_row, skipped)
         encoder = encoder_for(form, self.tokenizer, self.max_length, one_each=True)
         coverage = Coverage(self.tokenizer)
-        rows = []
+        rows, several = [], False
         for number, record in records_of(reader, form, bad, self.progress, "checking"):
             rows.append(number)
             coverage.see(record, f"{reader.file(number)}:{reader.line(number)}")
-            if isinstance(record, Labelled) and record.label is not None:
-                for label in [record.label] if isinstance(record.label, str) else record.label:
-                    encoder.names.setdefault(label, len(encoder.names))
-            elif isinstance(record, Tagged):
-                for tag in record.tags or []:
-                    encoder.names.setdefault(tag, len(encoder.names))
+            for name in names_in(record):
+                encoder.names.setdefault(name, len(encoder.names))
+            several |= isinstance(record, Labelled) and isinstance(record.label, tuple)
         bad.raise_if_any()
         if bad.count:
             self.report.skipped_files.append(skipped)
         store = LazyStore(reader, np.asarray(rows, np.int64), lambda i: parse(reader.row(i), form), encoder, bad)
         coverage.tell(store.counts)
+        store.counts.several = several
         return store
-
-    def _encoded(self, stores: list[Store], task: str, labels: Labels, *, packing: bool) -> Encoded:
-        if packing and task != CAUSAL:
-            raise DataError(f"packing puts texts for {CAUSAL} together; the task is {task}. Set packing to false.")
-        return Encoded(stores, task, labels, self.max_length, packing=packing)
 
     def _mixture(self, names: list[str], encoded: Encoded, weights: list[float]) -> Mixture:
         sizes = [len(store) for store in encoded.stores]

@@ -81,6 +81,13 @@ class Document:
 Record = Labelled | Tagged | Spans | Prompted | Chat | Document
 
 
+def names_in(record: Record) -> list[str]:
+    """The classes or tags that a record names."""
+    if isinstance(record, Labelled) and record.label is not None:
+        return [record.label] if isinstance(record.label, str) else list(record.label)
+    return (record.tags or []) if isinstance(record, Tagged) else []
+
+
 class RowError(ValueError):
     """One row that is not what it should be.
 
