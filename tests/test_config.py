@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
         f"{file}:7  lr_scheduler_type: expected one of linear",
         "did you mean 'cosine'",
         f"{file}:9  warmup_steps: warmup_ratio is set too",
-        "'seed=1.5'  seed: expected a whole number, got 1.5",
+        "'seed=1.5': expected a whole number, got 1.5",
         "stray: is neither a key=value nor a flag",
     ):
         assert part in message, f"{part!r} not in\n{message}"
@@ -120,7 +121,7 @@ def test_a_missing_file():
     ],
 )
 def test_contradictions(words, key):
-    assert told(None, [*MINIMAL, *words]).partition("  ")[2].startswith(f"{key}: ")
+    assert told(None, [*MINIMAL, *words]).startswith((f"'{key}=", f"{key}: "))
 
 
 def test_yaml_is_of_version_1_2(tmp_path):
@@ -153,6 +154,11 @@ def test_columns_and_trackers_as_users_write_them():
 def test_settings_below_method(words):
     method = build_method(load(None, [*MINIMAL, *words]).method)
     assert (type(method).__name__, method.rank) == ("LoRA", 4)
+
+
+def test_a_method_flag_keeps_the_settings_beside_it():
+    config = load(None, [*MINIMAL, "--method.rank", "4"], {"method": "lora"})
+    assert config.method == {"name": "lora", "rank": 4}
 
 
 def test_another_method_drops_the_settings_of_the_former(tmp_path):
@@ -208,10 +214,8 @@ def test_what_is_dumped_is_read_back_equal(tmp_path):
 ).filter(lambda v: v != "lroa"), max_size=6))  # fmt: skip
 def test_no_value_escapes_as_another_exception(values):
     flags = {key: value for key, value in values.items() if key != "method"}
-    try:
+    with contextlib.suppress(ConfigError):
         load(None, MINIMAL, flags)
-    except ConfigError as error:
-        assert str(error)
 
 
 def test_every_key_says_what_it_means():

@@ -44,9 +44,7 @@ class Source:
         self.values.update(_plain(loaded))
 
     def _note(self, node: Any, path: str, above: str) -> None:
-        entries = (
-            node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        )
+        entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
         for key, value in entries:
             line = node.lc.data[key][0] + 1 if key in (node.lc.data or {}) else 0
             dotted = f"{above}{key}"
@@ -112,10 +110,12 @@ def load(
     source = Source()
     if path is not None:
         source.read(path)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    if "method" in given:  # a new method drops old settings, and those among the words are meant for it
+        source.set("method", given.pop("method"), "--method")
     source.words(words)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            source.set(key, value, f"--{key.replace('_', '-')}")
+    for key, value in given.items():
+        source.set(key, value, f"--{key.replace('_', '-')}")
     return _checked(source, tuple(required))
 
 
@@ -239,9 +239,7 @@ def build_method(setting: Any) -> Any:
         except ValueError as error:
             problems.append((above, str(error)))
     if problems or not built:
-        raise ConfigError(
-            "; ".join(f"{key}: {text}" for key, text in problems) or "method: an empty list", problems
-        )
+        raise ConfigError("; ".join(f"{key}: {text}" for key, text in problems) or "method: an empty list", problems)
     mix = built[0]
     for method in built[1:]:
         mix = mix + method
@@ -333,10 +331,17 @@ def _shown(value: Any) -> str:
 
 def _told(problems: list[Problem]) -> str:
     problems = sorted(problems, key=lambda problem: _line(problem[0]))
-    lines = [f"{place + '  ' if place else ''}{key}: {text}" for place, key, text in problems]
+    lines = [f"{_where(place, key)}: {text}" for place, key, text in problems]
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{len(lines)} problems in the run configuration", *("  " + line for line in lines)])
+
+
+def _where(place: str, key: str) -> str:
+    """`run.yaml:3  key`; a word of the command line names its key itself."""
+    if place.replace("-", "_").strip("'_").partition("=")[0] == key:
+        return place
+    return f"{place}  {key}" if place else key
 
 
 def _line(place: str) -> int:
