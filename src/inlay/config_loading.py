@@ -200,7 +200,7 @@ def method_names() -> set[str]:
 
 
 def method_problems(setting: Any) -> list[tuple[str, str]]:
-    """What is wrong with `method`. Settings, and names that no file bears, need the method classes and with them torch."""
+    """What is wrong with `method`. Only settings, and names that no file bears, take the method classes and torch."""
     if isinstance(setting, str) and setting.lower() in method_names():
         return []
     try:

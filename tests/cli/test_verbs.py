@@ -124,7 +124,7 @@ def test_resume_from_the_folder_alone(inlay, world):
 
 BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("train", "--model", "m"), 2, "config error: data: is required and was not given"),
-    (("train", "--model", "m", "--data", "d", "--lr", "1"), 2, "config error: --lr: unknown key; did you mean 'learning"),
+    (("train", "--model", "m", "--data", "d", "--lr", "1"), 2, "config error: --lr: unknown key; did you mean 'lear"),
     (("train", "nowhere.yaml"), 2, "config error: nowhere.yaml: there is no such file"),
     (("train", "--resume", "nowhere"), 1, "checkpoint error: nowhere is not a run folder"),
     (("eval", "nowhere"), 1, "checkpoint error: nowhere is not a run folder"),
