@@ -1,18 +1,22 @@
-"""What a model is made of, as far as adapters care: sites, blocks, attentions, and how to select among them."""
+"""What a model is made of, as far as adapters care: sites, leaves, blocks, attentions, feed-forward spans."""
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inlay.errors import SiteError, nearest
-
 Tap = Literal["output", "input", "through"]
-Kind = Literal["linear", "norm", "embedding", "module", "attention"]
+Kind = Literal["linear", "norm", "embedding", "conv", "module", "attention"]
+RowAxis = Literal["first", "second", "routed"]
 Columns = tuple[tuple[int, int], ...]
+
+SEMANTIC = (
+    "attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o", "ffn.up", "ffn.gate",
+    "ffn.down", "attn", "attn.residual", "attn.norm", "cross", "cross.residual", "cross.norm", "ffn", "ffn.residual", "ffn.norm",
+    "heads", "cross.heads", "linear", "norm", "embed", "head",
+)  # fmt: skip
+"""Selectors that name a place by what it does; everything else is the end of a module path, or a glob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,9 @@ class Site:
         kind: what stands at `leave`.
         heads: shapes of the attention, for sites on an attention module.
         causal: whether a token at this site sees only earlier ones.
-        rows: how the batch lies in x: "first" [B, T, I] or [B*T, I], "second" [T, B, I], or "routed" (the tokens
+        rows: how the batch lies in x: "first" [B, T, I] or [B*T, I], "second" [T, B, I], or "routed" (tokens
             of a mixture-of-experts expert, which no longer know their row).
+        axis: where the features lie, in x and in y: last, or second in convolutions.
     """
 
     name: str
@@ -60,7 +65,8 @@ class Site:
     has_bias: bool = False
     heads: Heads | None = None
     causal: bool = False
-    rows: Literal["first", "second", "routed"] = "first"
+    rows: RowAxis = "first"
+    axis: Literal[-1, 1] = -1
 
     @property
     def fused(self) -> bool:
@@ -70,7 +76,13 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One module without children (or a mixture-of-experts block as a whole) that can host pieces."""
+    """A module that can host pieces: one without children, or one that is taken as a whole.
+
+    Attributes:
+        called: whether it ran on the example.
+        bypassed: the module around it ran and read its weight without calling it, so that pieces would do nothing.
+        experts: how many experts its three-dimensional weight holds.
+    """
 
     path: str
     kind: Kind
@@ -78,7 +90,10 @@ class Leaf:
     out_features: int
     has_bias: bool
     called: bool = False
-    rows: Literal["first", "second", "routed"] = "first"
+    rows: RowAxis = "first"
+    axis: Literal[-1, 1] = -1
+    bypassed: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,14 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention module and the leaves around it; `o_end` is the dropout after `o`, or `o` itself."""
+    """One attention module and the leaves around it.
+
+    Attributes:
+        enter: the leaf or module where the sub-layer's input is read; in low-rank projections not `q` itself.
+        o, o_end: the output projection, and the dropout after it (or `o` itself).
+        form: "interface" calls transformers' attention function; "softmax" computes softmax(q kᵀ) v by itself;
+            "other" has queries, keys and values, but no softmax over all keys: linear, hashed or sampled attention.
+    """
 
     path: str
     cross: bool
@@ -101,14 +123,24 @@ class Attention:
     v: tuple[Port, ...]
     o: str | None
     o_end: str | None
+    enter: str
     pre_norm: str | None = None
     post_norm: str | None = None
-    interface: bool = True
+    form: Literal["interface", "softmax", "other"] = "interface"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """A sub-layer that mixes tokens without queries and keys (state space, recurrence, Fourier), taken as a whole."""
+
+    path: str
+    pre_norm: str | None = None
+    post_norm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """The feed-forward span of a block; `module` is set where it can only be taken as a whole (experts)."""
+    """A feed-forward span; `whole` where it can only be taken as one module (a mixture of experts)."""
 
     up: str
     gate: str | None
@@ -121,30 +153,42 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One repeated layer of the model."""
+    """One repeated layer of the model, with its sub-layers in the order in which they run."""
 
     path: str
     stack: str
     layer: int
     attentions: tuple[Attention, ...] = ()
-    ffn: FeedForward | None = None
+    mixers: tuple[Mixer, ...] = ()
+    ffns: tuple[FeedForward, ...] = ()
     linears: tuple[str, ...] = ()
     causal: bool = False
 
-
-SEMANTIC = (
-    "attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o", "ffn.up", "ffn.gate", "ffn.down",
-    "attn", "attn.residual", "attn.norm", "cross", "cross.residual", "cross.norm", "ffn", "ffn.residual", "ffn.norm",
-    "heads", "cross.heads", "linear", "norm", "embed", "head",
-)  # fmt: skip
+    @property
+    def ffn(self) -> FeedForward | None:
+        """The last feed-forward span, which is the only one in most models."""
+        return self.ffns[-1] if self.ffns else None
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The sites of one model. Print it to see them; `select` turns selectors into sites."""
+    """The sites of one model. Print it to see them; `select` turns selectors into sites.
+
+    Attributes:
+        leaves: modules without children, by path, in the order of the model.
+        modules: modules with children that take a tensor and give one, for sites that name them whole.
+        blocks: the repeated layers.
+        embed, head, output: paths of the token embeddings, of the task head's leaves, of the output embedding.
+        new_head: whether the head is of the kind that is new for each task.
+        hidden_size: the width of the residual stream.
+        causal, encoder_decoder: what kind of model it is.
+        problem: why nothing, or no attention, was found.
+        notes: what a user should know: parts that did not run, leaves that cannot host pieces.
+    """
 
     model: str
     leaves: dict[str, Leaf]
+    modules: dict[str, Leaf] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     embed: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
@@ -154,7 +198,7 @@ class Anatomy:
     causal: bool = False
     encoder_decoder: bool = False
     problem: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def select(
         self,
@@ -175,165 +219,19 @@ class Anatomy:
         Raises:
             SiteError: one of the selectors, or the layer filter, matches nothing.
         """
-        chosen: dict[tuple[object, ...], Site] = {}
-        for selector in [selectors] if isinstance(selectors, str) else selectors:
-            sites = self._one(selector, kinds)
-            if not sites:
-                raise SiteError(self._nothing(selector))
-            if layers is not None:
-                sites = self._in_layers(selector, sites, layers)
-            for site in sites:
-                chosen.setdefault((site.leave, site.enter, site.tap, site.columns), site)
-        order = {path: i for i, path in enumerate(self.leaves)}
-        return sorted(chosen.values(), key=lambda s: order.get(s.leave, len(order)))
+        from inlay.anatomy.select import select
+
+        return select(self, selectors, layers, kinds)
 
     def has(self, selector: str) -> bool:
         """Whether the selector matches at least one site."""
-        return bool(self._one(selector, None))
+        from inlay.anatomy.select import matches
 
-    def _in_layers(self, selector: str, sites: list[Site], layers: Sequence[int]) -> list[Site]:
-        count = {b.stack: 0 for b in self.blocks}
-        for block in self.blocks:
-            count[block.stack] = max(count[block.stack], block.layer + 1)
-        bad = [i for i in layers if not any(-n <= i < n for n in count.values())]
-        if bad:
-            raise SiteError(
-                f"layers {bad} do not exist: {self.model} has {dict(count) or 'no'} layers, counted from 0."
-            )
-        kept = [s for s in sites if s.layer is not None and any(s.layer == i % count[s.stack] for i in layers)]
-        if not kept:
-            raise SiteError(f"sites={selector!r} matches nothing in layers {list(layers)} of {self.model}.")
-        return kept
+        return bool(matches(self, selector, None))
 
-    def _one(self, selector: str, kinds: Iterable[Kind] | None) -> list[Site]:
-        stack, rest = "", selector
-        for name in ("encoder", "decoder"):
-            if rest.startswith(name + ":"):
-                stack, rest = name, rest.removeprefix(name + ":")
-        if rest.endswith(":input"):
-            outer = self._one(selector.removesuffix(":input"), kinds)
-            return [self._at_input(s) for s in outer]
-        if rest in SEMANTIC:
-            return [s for s in self._semantic(rest) if not stack or s.stack == stack]
-        return self._by_path(rest, kinds)
-
-    def _at_input(self, site: Site) -> Site:
-        """The same span with Δ added to what enters its last projection."""
-        leave = site.leave
-        for block in self.blocks:
-            for attention in block.attentions:
-                if leave == attention.o_end and attention.o is not None:
-                    leave = attention.o
-            if block.ffn is not None and leave == block.ffn.end:
-                leave = block.ffn.down
-        size = self.leaves[leave].in_features
-        enters = site.in_features if site.enter != site.leave else size
-        return dataclasses.replace(site, leave=leave, tap="input", out_features=size, in_features=enters, columns=None)
-
-    def _semantic(self, name: str) -> list[Site]:
-        if name == "embed":
-            return [self._leaf_site(p, "embed") for p in self.embed]
-        if name == "head":
-            return [self._leaf_site(p, "head") for p in self.head]
-        if name == "norm":
-            return [self._leaf_site(p, "norm") for p, leaf in self.leaves.items() if leaf.kind == "norm"]
-        if name == "linear":
-            return [self._leaf_site(p, "linear") for b in self.blocks for p in b.linears]
-        part, _, what = name.partition(".")
-        sites: list[Site] = []
-        for block in self.blocks:
-            if part == "ffn" and block.ffn is not None:
-                sites += self._ffn_sites(block, block.ffn, what)
-            for attention in block.attentions:
-                if name in ("heads", "cross.heads"):
-                    if attention.cross == (name == "cross.heads"):
-                        sites.append(self._heads_site(block, attention, name))
-                elif part in ("attn", "cross") and attention.cross == (part == "cross"):
-                    sites += self._attention_sites(block, attention, name, what)
-        return sites
-
-    def _heads_site(self, block: Block, attention: Attention, name: str) -> Site:
-        enters = self.leaves[attention.q[0].leaf].in_features if attention.q else self.hidden_size
-        width = attention.heads.query * attention.heads.value_size
-        return Site(
-            name, attention.path, attention.path, enters, width, layer=block.layer, stack=block.stack,
-            kind="attention", heads=attention.heads, causal=attention.heads.causal,
-        )  # fmt: skip
-
-    def _attention_sites(self, block: Block, a: Attention, name: str, what: str) -> list[Site]:
-        if what in ("q", "k", "v"):
-            ports: tuple[Port, ...] = getattr(a, what)
-            return [self._leaf_site(p.leaf, name, block, p.columns) for p in ports]
-        if a.o is None or a.o_end is None:
-            return []
-        if what == "o":
-            return [self._leaf_site(a.o, name, block)]
-        return self._span(block, name, what, a.q[0].leaf if a.q else a.o, a.o_end, a.o, a.pre_norm, a.post_norm)
-
-    def _ffn_sites(self, block: Block, f: FeedForward, what: str) -> list[Site]:
-        name = "ffn." + what if what else "ffn"
-        if what in ("up", "gate", "down"):
-            path: str | None = getattr(f, what)
-            return [] if path is None or f.whole else [self._leaf_site(path, name, block)]
-        return self._span(block, name, what, f.up, f.end, f.down, f.pre_norm, f.post_norm)
-
-    def _span(
-        self,
-        block: Block,
-        name: str,
-        what: str,
-        enter: str,
-        end: str,
-        last: str,
-        pre: str | None,
-        post: str | None,
-    ) -> list[Site]:
-        sizes = self.leaves[enter].in_features, self.leaves[last].out_features
-        made = Site(
-            name, enter, end, *sizes, layer=block.layer, stack=block.stack, kind="module",
-            has_bias=self.leaves[last].has_bias, causal=block.causal, rows=self.leaves[last].rows,
-        )  # fmt: skip
-        if what == "residual":
-            return [made] if pre is None else [dataclasses.replace(made, enter=pre, in_features=sizes[1])]
-        if what == "norm":
-            if post is None:
-                return []
-            return [dataclasses.replace(made, enter=post, leave=post, tap="through", in_features=sizes[1], kind="norm")]
-        return [made]
-
-    def _leaf_site(self, path: str, name: str, block: Block | None = None, columns: Columns | None = None) -> Site:
-        leaf = self.leaves[path]
-        block = block or self._block_of(path)
-        out = sum(hi - lo for lo, hi in columns) if columns else leaf.out_features
-        return Site(
-            name, path, path, leaf.in_features, out, columns=columns, layer=block.layer if block else None,
-            stack=block.stack if block else "", kind=leaf.kind, has_bias=leaf.has_bias,
-            causal=block.causal if block else self.causal, rows=leaf.rows,
-        )  # fmt: skip
-
-    def _block_of(self, path: str) -> Block | None:
-        return next((b for b in self.blocks if path.startswith(b.path + ".")), None)
-
-    def _by_path(self, pattern: str, kinds: Iterable[Kind] | None) -> list[Site]:
-        allowed = set(kinds) if kinds is not None else {"linear", "norm", "embedding", "module"}
-        glob = any(c in pattern for c in "*?[")
-        return [
-            self._leaf_site(path, path)
-            for path, leaf in self.leaves.items()
-            if leaf.kind in allowed
-            and (fnmatch.fnmatchcase(path, pattern) if glob else path == pattern or path.endswith("." + pattern))
-        ]
-
-    def _nothing(self, selector: str) -> str:
-        _, _, bare = selector.removesuffix(":input").rpartition(":")
-        if bare in SEMANTIC:
-            why = self.problem or "this architecture has no such place"
-            return f"sites={selector!r} matches nothing in {self.model}: {why}. `inlay inspect` prints what it has."
-        names = set(SEMANTIC) | {p.rsplit(".", 1)[-1] for p in self.leaves}
-        return (
-            f"sites={selector!r} matches no module of {self.model}: {nearest(selector, names)} "
-            "A site is a semantic name, the end of a module path, or a glob over module paths."
-        )
+    def leaf(self, path: str) -> Leaf:
+        """The leaf or whole module at a path."""
+        return self.leaves.get(path) or self.modules[path]
 
     def __str__(self) -> str:
         from inlay.anatomy.show import show

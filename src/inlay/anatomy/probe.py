@@ -1,9 +1,8 @@
-"""Finds the anatomy of a model by running it once on a few tokens.
+"""Runs a model once on a few tokens and records what happens.
 
-Each projection's output is cut loose from the autograd graph and remembered. What then reaches the attention function
-as q, k, v leads back along the graph to exactly the projections that made it; the projection that consumes the
-attention's result is `o`; the projections of the same block that belong to no attention are the feed-forward span.
-Nothing here knows a model family.
+Each projection's output is cut loose from the autograd graph and remembered (see `graph`). The projections themselves
+are not computed: noise of the right shape takes the place of their output, because only shapes and the graph matter.
+So a run costs the same for dense, quantised and memory-mapped weights, and works on the meta device.
 """
 
 from __future__ import annotations
@@ -11,280 +10,306 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from inlay.anatomy.base import Columns, Heads, Kind, Leaf
+from inlay.anatomy.base import Kind
+from inlay.anatomy.examples import candidates
+from inlay.anatomy.graph import AttentionCall, LeafCall, ModuleCall, Trace
+from inlay.anatomy.tree import children_of, inside, leaf_kind, modules_of, static_leaves
 
 PROBE = "inlay_probe"
-TOKENS = 5
+MOST_NOISE = 200_000
+"""Larger outputs (those of an output embedding) are zeros, which cost nothing."""
 
 
-@dataclass(eq=False)
-class LeafCall:
-    """One call of a leaf: what it was given, what it gave."""
-
-    path: str
-    order: int
-    x: Tensor
-    y: Tensor
-
-
-@dataclass(eq=False)
-class AttentionCall:
-    """One call of the attention function, with the tensors that reached it."""
-
-    path: str
-    order: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    cross: bool
-    causal: bool
-    window: int | None
-
-
-@dataclass
-class Trace:
-    """Everything that one run showed."""
-
-    leaves: list[LeafCall] = field(default_factory=list)
-    attentions: list[AttentionCall] = field(default_factory=list)
-    dropouts: list[LeafCall] = field(default_factory=list)
-    tags: dict[int, LeafCall | AttentionCall] = field(default_factory=dict)
-    norms: dict[object, LeafCall] = field(default_factory=dict)
-    keep: list[object] = field(default_factory=list)
-    walked: dict[tuple[int, bool], list[LeafCall | AttentionCall]] = field(default_factory=dict)
-
-    def sources(self, tensor: Tensor, *, stop_at_norms: bool = False) -> list[LeafCall | AttentionCall]:
-        """The nearest remembered calls that `tensor` was computed from, without passing through another."""
-        if id(tensor) in self.tags:
-            return [self.tags[id(tensor)]]
-        key = id(tensor), stop_at_norms
-        if key not in self.walked:
-            self.walked[key] = self._walk(tensor, stop_at_norms)
-        return self.walked[key]
-
-    def _walk(self, tensor: Tensor, stop_at_norms: bool) -> list[LeafCall | AttentionCall]:
-        found: dict[int, LeafCall | AttentionCall] = {}
-        seen: set[object] = set()
-        todo = [tensor.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if stop_at_norms and node in self.norms:
-                call = self.norms[node]
-                found[id(call)] = call
-                continue
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in self.tags:
-                call_or_attention = self.tags[id(variable)]
-                found[id(call_or_attention)] = call_or_attention
-            todo += [following for following, _ in node.next_functions]
-        return sorted(found.values(), key=lambda c: c.order)
-
-
-def children_of(module: nn.Module) -> list[nn.Module]:
-    """The module's own children, without the pieces that a host carries."""
-    return [child for name, child in module.named_children() if name != "inlay"]
-
-
-def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, without the pieces that hosts carry."""
-    for path, module in model.named_modules():
-        if "inlay" not in path.split("."):
-            yield path, module
-
-
-def leaf_kind(module: nn.Module) -> Kind | None:
-    """What a childless module is: "linear", "norm", "embedding", "module", or None where it holds no parameters."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    own = dict(module.named_parameters(recurse=False))
-    if not own:
-        return None
-    weight = own.get("weight")
-    if weight is not None and weight.ndim == 2 and "qweight" not in own:
-        return "linear" if len(own) <= 2 and set(own) <= {"weight", "bias"} else "module"
-    if all(p.ndim <= 1 for p in own.values()):
-        return "norm"
-    return "module"
-
-
-def static_leaves(model: nn.Module) -> dict[str, Leaf]:
-    """All leaves of the model with the shapes that their weights tell."""
-    from inlay.quant.bridge import logical_shape
-
-    leaves: dict[str, Leaf] = {}
-    for path, module in modules_of(model):
-        kind = leaf_kind(module) if path and not children_of(module) else None
-        if kind is None:
-            continue
-        bias = isinstance(getattr(module, "bias", None), Tensor)
-        if kind == "linear":
-            out, inn = logical_shape(module)
-        elif kind == "embedding":
-            inn, out = module.weight.shape if isinstance(module.weight, Tensor) else (0, 0)
-        else:
-            size = next(module.parameters()).shape[-1] if next(module.parameters()).ndim else 1
-            inn = out = size
-        leaves[path] = Leaf(path, kind, int(inn), int(out), bias)
-    return leaves
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A few tokens that any text model of transformers accepts.
-
-    Raises:
-        TypeError: the model has no `config`, so nobody but its author knows what to feed it.
-    """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise TypeError(f"{type(model).__name__} has no config: pass example inputs.")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocab = int(getattr(text, "vocab_size", 0) or getattr(config, "vocab_size", 0) or 2)
-    special = {getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    plain = [i for i in range(min(vocab, 64)) if i not in special] or [0]
-    ids = [plain[i % len(plain)] for i in range(TOKENS)]
-    eos = getattr(config, "eos_token_id", None)
-    if isinstance(eos, int) and 0 <= eos < vocab:
-        ids[-1] = eos
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tokens = torch.tensor([ids], device=device)
-    inputs = {"input_ids": tokens}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens[:, : TOKENS - 1] if not sequence_head(model) else tokens
-    return inputs
-
-
-def sequence_head(model: nn.Module) -> bool:
-    """Whether the head reads the sentence at its end-of-sequence token (BART and T5 classifiers)."""
-    return "SequenceClassification" in type(model).__name__
-
-
-def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
-    """Runs the model once and records every leaf and attention call.
+def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Trace:
+    """Runs the model once and records every call of a leaf, of a module and of the attention function.
 
     The model is left as it was: mode, random state, hooks, attention implementation, gradients.
+
+    Args:
+        model: any module.
+        example: keyword arguments of one forward pass. Without them the inputs that most models take are tried.
+
+    Raises:
+        Exception: whatever the model raises on the example, or on the last of the inputs tried.
     """
-    record, count = Trace(), itertools.count()
-    inputs = example_inputs(model) if inputs is None else inputs
+    tried = [dict(example)] if example is not None else candidates(model)
+    for i, inputs in enumerate(tried):
+        try:
+            record = _run(model, inputs)
+        except Exception:
+            if i == len(tried) - 1:
+                raise
+        else:
+            record.bypassed = _read_directly(model, inputs, record)
+            return record
+    raise TypeError(f"it is not known what to feed a {type(model).__name__}; pass an example")
+
+
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Trace:
+    first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
+    record, count = Trace(batch=1 if first is None else first.shape[0]), itertools.count()
+    modules = list(modules_of(model))
+    devices = list({p.device for p in model.parameters() if p.is_cuda})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(as_it_was(model, modules))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_leaf_hooks(model, record, count))
-        stack.enter_context(_attention_probe(model, record, count))
-        if hasattr(model, "config"):
-            inputs = {**inputs}
-            if "use_cache" not in inputs and getattr(model.config, "use_cache", None) is not None:
-                inputs["use_cache"] = False
+        stack.enter_context(_listening(modules, record, count))
+        stack.enter_context(_attention_probe(modules, record, count))
         model(**inputs)
+    record.settle()
     return record
 
 
+class _Watch(TorchFunctionMode):
+    """Notes which of some tensors are computed with."""
+
+    ASKED = ("T", "mT", "data")
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__()
+        self.watched, self.seen = watched, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Looking at a shape, dtype or device is no use of the values.
+        looks = getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") not in self.ASKED
+        if not looks:
+            given = [*args, *(kwargs or {}).values()]
+            for value in (*given, *(i for g in given if isinstance(g, tuple | list) for i in g)):
+                if id(value) in self.watched:
+                    self.seen.add(self.watched[id(value)])
+        return func(*args, **(kwargs or {}))
+
+
+def _read_directly(model: nn.Module, inputs: dict[str, Any], record: Trace) -> set[str]:
+    """Leaves that were not called although a weight of theirs was used: by the module around them."""
+    ran = {call.path for call in record.leaves}
+    around = {call.path for call in record.modules}
+    modules = dict(modules_of(model))
+    used = {id(p) for path in ran for p in modules[path]._parameters.values()}
+    idle = [p for p in modules if p not in ran and p.rpartition(".")[0] in around and leaf_kind(modules[p]) is not None]
+    watched = {id(t): p for p in idle for t in modules[p]._parameters.values() if t is not None and id(t) not in used}
+    if not watched:
+        return set()
+    watch = _Watch(watched)
+    with as_it_was(model, list(modules.items())), torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
+        model(**inputs)
+    return watch.seen
+
+
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Evaluation mode, adapters idle and compiled forwards set aside; all of it put back afterwards."""
     training = [m for m in model.modules() if m.training]
+    hosted = [state for _, m in modules if (state := m.__dict__.get("_inlay")) is not None]
+    compiled = [(m, m._compiled_call_impl) for _, m in modules if getattr(m, "_compiled_call_impl", None) is not None]
+    plans = [state.plan for state in hosted]
+    route = model.__dict__.get("_inlay_state")
+    batch = None if route is None else route.batch
     model.eval()
     try:
+        for state in hosted:
+            state.plan = None
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        if route is not None:
+            route.batch = None
         yield
     finally:
+        for state, plan in zip(hosted, plans, strict=True):
+            state.plan = plan
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        if route is not None:
+            route.batch = batch
         for module in training:
             module.training = True
 
 
 @contextlib.contextmanager
-def _leaf_hooks(model: nn.Module, record: Trace, count: Iterator[int]) -> Iterator[None]:
-    handles = []
-
-    def cut(path: str, kind: Kind) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor | None:
-            x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if x is None or not isinstance(y, Tensor):
-                return None
-            call = LeafCall(path, next(count), x, y)
-            record.leaves.append(call)
-            if kind == "norm":
-                if y.grad_fn is not None:
-                    record.norms[y.grad_fn] = call
-                    record.keep.append(y.grad_fn)
-                return None
-            call.y = y.detach()
-            if call.y.is_floating_point():
-                call.y.requires_grad_()
-            record.tags[id(call.y)] = call
-            return call.y
-
-        return hook
-
-    def drop(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-                record.dropouts.append(LeafCall(path, next(count), args[0], y))
-
-        return hook
-
-    for path, module in modules_of(model):
-        if not path or children_of(module):
-            continue
-        kind = leaf_kind(module)
-        if kind is not None:
-            handles.append(module.register_forward_hook(cut(path, kind), with_kwargs=True))
-        elif type(module).__name__.endswith("Dropout"):
-            handles.append(module.register_forward_hook(drop(path)))
+def _listening(modules: list[tuple[str, nn.Module]], record: Trace, count: Iterator[int]) -> Iterator[None]:
+    """Records calls: idle projections get a forward that makes noise, everything else a hook."""
+    handles: list[Any] = []
+    idle: list[nn.Module] = []
+    lists = {path for path, module in modules if isinstance(module, nn.ModuleList | nn.Sequential)}
     try:
+        for path, module in modules:
+            kind = leaf_kind(module)
+            if kind is None:
+                repeated = path.rpartition(".")[0] in lists and bool(children_of(module))
+                hook = _module_hook(record, count, path, repeated)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            elif kind == "linear" and "forward" not in module.__dict__ and _is_plain(module):
+                module.__dict__["forward"] = _noise(record, count, path, module)
+                idle.append(module)
+            else:
+                experts = "expert" in f"{path} {type(module).__name__}".lower()
+                hook = _leaf_hook(record, count, path, kind, _is_norm(path, module), experts)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in idle:
+            del module.__dict__["forward"]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a projection does nothing but y = W x + b, so that the shape of y is known without computing it."""
+    from inlay.quant.bridge import is_quantized
+
+    forward = getattr(type(module), "base", type(module)).forward
+    return forward is nn.Linear.forward or forward.__qualname__ == "Conv1D.forward" or is_quantized(module)
+
+
+def _is_norm(path: str, module: nn.Module) -> bool:
+    words = type(module).__name__.lower(), path.rsplit(".", 1)[-1].lower()
+    return "norm" in words[0] or "norm" in words[1] or words[1].startswith("ln")
+
+
+def _hides_future(mask: Tensor) -> bool | None:
+    """Whether a mask of [.., T, T] shuts out all later tokens; None where it does not say."""
+    if mask.is_meta or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    return not bool(seen.triu(1).any())
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]
+
+
+def _first(values: Any) -> Tensor | None:
+    """The first tensor of numbers among arguments or results, else the first tensor."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    return next((t for t in tensors if t.is_floating_point()), tensors[0] if tensors else None)
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+
+
+def _result(y: Any) -> Tensor | None:
+    if isinstance(y, Tensor):
+        return y
+    return _first(y.values() if isinstance(y, Mapping) else y if isinstance(y, tuple | list) else ())
+
+
+def _cut(record: Trace, call: LeafCall, y: Tensor) -> Tensor:
+    """y as the start of a new graph. The model goes on with a copy, so that it may change it in place."""
+    call.cut = y.detach()
+    if not call.cut.is_floating_point():
+        return y
+    if not torch.is_grad_enabled():
+        record.silent.append(call)
+        return y
+    call.cut.requires_grad_()
+    call.y = call.cut.clone()
+    record.stops[call.y.grad_fn] = call
+    record.leaves.append(call)
+    record.times[call.path] += 1
+    return call.y
+
+
+def _noise(record: Trace, count: Iterator[int], path: str, module: nn.Module) -> Callable[..., Tensor]:
+    from inlay.quant.bridge import logical_shape
+
+    out = logical_shape(module)[0]
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x = _given(args, kwargs)
+        if x is None or not x.is_floating_point():
+            raise TypeError(f"{path} was called without a tensor of numbers")
+        shape = (*x.shape[:-1], out)
+        many = x.shape.numel() // x.shape[-1] * out > MOST_NOISE
+        y = x.new_zeros(shape) if many else torch.randn(shape, dtype=x.dtype, device=x.device)
+        return _cut(record, LeafCall(path, next(count), x, y), y)
+
+    return forward
+
+
+def _leaf_hook(record: Trace, count: Iterator[int], path: str, kind: Kind, norm: bool, experts: bool) -> Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+        x, y = _given(args, kwargs), _result(result)
+        if x is None or y is None:
+            return None
+        call = LeafCall(path, next(count), x, y, kind)
+        if kind == "norm":
+            record.leaves.append(call)
+            if norm and y.grad_fn is not None:
+                record.norms[y.grad_fn] = call
+            return None
+        if kind == "module" and y.shape == x.shape and not experts:
+            # No projection, only something with parameters of its own: what it is made from still counts.
+            record.leaves.append(call)
+            return None
+        cut = _cut(record, call, y)
+        if isinstance(result, Tensor):
+            return cut
+        if isinstance(result, tuple | list):
+            return type(result)(cut if item is y else item for item in result)
+        return None
+
+    return hook
+
+
+def _module_hook(record: Trace, count: Iterator[int], path: str, repeated: bool) -> Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        x, y = _given(args, kwargs), _result(result)
+        if x is None or y is None:
+            return
+        call = ModuleCall(path, next(count), x, y, module, args, kwargs)
+        if not torch.is_grad_enabled():
+            record.silent.append(call)
+            return
+        record.modules.append(call)
+        if "Dropout" in type(module).__name__:
+            record.times[path] += 1
+            record.dropouts[id(x)] = call
+        new = repeated and y.grad_fn is not None and y.grad_fn not in record.stops
+        if new and not record.comes_from_within(call, path):
+            record.mark(call)
+
+    return hook
 
 
 @contextlib.contextmanager
-def _attention_probe(model: nn.Module, record: Trace, count: Iterator[int]) -> Iterator[None]:
+def _attention_probe(modules: list[tuple[str, nn.Module]], record: Trace, count: Iterator[int]) -> Iterator[None]:
     """Puts a recording attention function under every config of the model."""
-    try:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, eager_mask
-    except ImportError:
+    configs = {id(c): c for _, m in modules if (c := m.__dict__.get("config")) is not None}
+    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
+    if not configs:
         yield
         return
-    paths = {id(module): path for path, module in modules_of(model)}
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    paths = {id(module): path for path, module in modules}
 
     def attend(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, **kw: Any
     ) -> tuple[Tensor, None]:
-        weights = torch.zeros((), dtype=q.dtype, device=q.device)
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + weights
-        out.requires_grad_()
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).requires_grad_().clone()
+        if not torch.is_grad_enabled():
+            return out, None
         causal = kw.get("is_causal")
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
+        if attention_mask is not None and _hides_future(attention_mask) is not None:
+            causal = bool(_hides_future(attention_mask))
         window = kw.get("sliding_window") or getattr(module, "sliding_window", None)
-        call = AttentionCall(
-            paths.get(id(module), "?"),
-            next(count),
-            q,
-            k,
-            v,
-            out,
-            False,
-            causal,
-            window if isinstance(window, int) else None,
-        )
+        window = window if isinstance(window, int) else None
+        call = AttentionCall(paths.get(id(module), "?"), next(count), q, out, k, v, causal, window)
         record.attentions.append(call)
-        record.tags[id(out)] = call
+        record.stops[out.grad_fn] = call
         return out, None
 
     AttentionInterface.register(PROBE, attend)
     AttentionMaskInterface.register(PROBE, eager_mask)
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
     before = {i: c._attn_implementation_internal for i, c in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = PROBE
@@ -297,34 +322,4 @@ def _attention_probe(model: nn.Module, record: Trace, count: Iterator[int]) -> I
         AttentionMaskInterface._global_mapping.pop(PROBE, None)
 
 
-def fused_columns(call: LeafCall, parts: Mapping[str, Tensor]) -> dict[str, Columns | None]:
-    """Which output features of a leaf reach q, k and v, as ranges; None where a part takes all of them.
-
-    The gradient of a part with respect to the leaf's output is non-zero exactly at the features it was made from.
-    """
-    found: dict[str, Columns | None] = {}
-    for name, part in parts.items():
-        seed = torch.randn(part.shape, dtype=part.dtype, device=part.device)
-        with torch.no_grad():
-            (grad,) = torch.autograd.grad(part, call.y, seed, retain_graph=True, allow_unused=True)
-        if grad is None:
-            continue
-        used = grad.reshape(-1, grad.shape[-1]).ne(0).any(0).tolist()
-        found[name] = None if all(used) else _ranges(used)
-    return found
-
-
-def _ranges(used: list[bool]) -> Columns:
-    ranges, start = [], None
-    for i, flag in enumerate([*used, False]):
-        if flag and start is None:
-            start = i
-        elif not flag and start is not None:
-            ranges.append((start, i))
-            start = None
-    return tuple(ranges)
-
-
-def heads_of(call: AttentionCall) -> Heads:
-    """The shapes that one attention call showed."""
-    return Heads(call.q.shape[1], call.k.shape[1], call.k.shape[-1], call.v.shape[-1], call.causal, call.window)
+__all__ = ["PROBE", "as_it_was", "children_of", "inside", "modules_of", "static_leaves", "trace"]

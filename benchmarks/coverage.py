@@ -1,0 +1,405 @@
+"""Attaches every method to every architecture of the installed transformers and writes docs/coverage.md.
+
+    make coverage                                    # all text architectures, about ten minutes on two cores
+    make coverage ARGS="--only LlamaConfig T5Config"
+    make coverage ARGS="--methods lora prefix --resume"
+    make coverage ARGS="--other"                     # vision and speech, reported apart
+
+For each configuration class a tiny random model is built (see zoo.py). Each method must then: leave the output as it was
+where the method promises that; give every adapter tensor a gradient; change the output with one optimizer step; give
+equal outputs after saving, removing and loading; and be removed without a trace. Each class runs in a process of its
+own, so that a crash or a hang costs one class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import zoo
+from torch import Tensor, nn
+
+import inlay
+from inlay.methods.base import Method, methods
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / "build" / "coverage.jsonl"
+REPORT = ROOT / "docs" / "coverage.md"
+
+SETTINGS: dict[str, Callable[[], Method]] = {
+    "lora": lambda: inlay.LoRA(rank=2),
+    "dora": lambda: inlay.DoRA(rank=2),
+    "adalora": lambda: inlay.AdaLoRA(target_rank=2, init_rank=3, total_steps=100),
+    "ia3": lambda: inlay.IA3(),
+    "bitfit": lambda: inlay.BitFit(add_missing=True),
+    "diffpruning": lambda: inlay.DiffPruning(),
+    "bottleneck": lambda: inlay.Bottleneck(size=4),
+    "bottleneck.houlsby": lambda: inlay.Bottleneck.houlsby(size=4),
+    "bottleneck.pfeiffer": lambda: inlay.Bottleneck.pfeiffer(size=4),
+    "bottleneck.scaled_parallel": lambda: inlay.Bottleneck.scaled_parallel(size=4),
+    "inlay": lambda: inlay.Inlay(form="low_rank", size=2, sites="linear"),
+    "full": lambda: inlay.Full(),
+    "headonly": lambda: inlay.HeadOnly(),
+    "prompt": lambda: inlay.Prompt(length=3),
+    "ptuning": lambda: inlay.PTuning(template="{prompt:3} {text}", hidden=8),
+    "prefix": lambda: inlay.Prefix(length=3),
+    "ptuningv2": lambda: inlay.PTuningV2(length=3, dropout=0.0),
+    "multihead": lambda: inlay.MultiHead(length=3),
+    "mam": lambda: inlay.MAM(length=3, mid=8, size=4),
+    "unipelt": lambda: inlay.UniPELT(rank=2, length=3, mid=8),
+}
+KEYS = ("prefix", "ptuningv2", "multihead", "mam", "unipelt")
+"""Methods that put keys and values, or something else, into attentions."""
+PROMPTS = ("prompt", "ptuning")
+HEADED = ("headonly",)
+"""Methods that only mean something on a model with a task head."""
+UNCHANGED = (
+    "lora", "dora", "adalora", "ia3", "bitfit", "diffpruning", "bottleneck", "bottleneck.scaled_parallel", "inlay", "full", "headonly",
+)  # fmt: skip
+"""Methods that promise to leave the output as it is until they are trained."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What came of one configuration class."""
+
+    name: str
+    model: str = ""
+    kind: str = ""
+    problem: str = ""
+    attention: str = ""
+    outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Failed(Exception):
+    """A check that a method did not pass."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="configuration classes, e.g. LlamaConfig")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", choices=list(SETTINGS))
+    parser.add_argument("--other", action="store_true", help="vision and speech instead of text")
+    parser.add_argument("--resume", action="store_true", help="keep the results of an interrupted sweep")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=180, help="seconds for one class")
+    options = parser.parse_args()
+    missing = set(methods()) - {name.partition(".")[0] for name in SETTINGS}
+    if missing:
+        sys.exit(f"benchmarks/coverage.py has no settings for {', '.join(sorted(missing))}")
+    kinds = zoo.OTHER if options.other else zoo.TEXT
+    chosen = options.methods or list(SETTINGS)
+    names = options.only or list(zoo.classes(kinds))
+    state = STATE.with_stem(STATE.stem + ("-other" if options.other else ""))
+    done = _read(state, chosen) if options.resume else {}
+    results = {n: done[n] for n in names if n in done}
+    partial = bool(options.only or options.methods)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with state.open("a" if options.resume else "w", encoding="utf-8") as log:
+        todo = [n for n in names if n not in results]
+        for i, result in enumerate(sweep(todo, chosen, kinds, options.jobs, options.limit), 1):
+            results[result.name] = result
+            log.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            log.flush()
+            bad = {m: o for m, o in result.outcomes.items() if o not in ("ok", "-")}
+            good = sum(o == "ok" for o in result.outcomes.values())
+            print(
+                f"[{i}/{len(todo)}] {result.name}: {result.problem or f'{good} ok'} ({result.seconds:.1f} s)",
+                flush=True,
+            )
+            for method, outcome in bad.items():
+                print(f"      {method}: {outcome}", flush=True)
+    ordered = [results[n] for n in sorted(results)]
+    text = report(ordered, chosen)
+    if partial or options.other:
+        print(text)
+    else:
+        REPORT.write_text(text, encoding="utf-8")
+        print(f"wrote {REPORT.relative_to(ROOT)}")
+
+
+def _read(path: Path, chosen: list[str]) -> dict[str, Result]:
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    results = [Result(**json.loads(line)) for line in lines if line.strip()]
+    return {r.name: r for r in results if r.problem or set(chosen) <= set(r.outcomes)}
+
+
+def sweep(names: list[str], chosen: list[str], kinds: dict[str, str], jobs: int, limit: float) -> Iterator[Result]:
+    """One process a class, `jobs` at a time; a class that takes too long or dies is one failed result."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(names), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(theirs, name, chosen, kinds), daemon=True)
+            process.start()
+            theirs.close()
+            running[name] = process, ours, time.monotonic()
+        multiprocessing.connection.wait(
+            [p.sentinel for p, _, _ in running.values()] + [c for _, c, _ in running.values()], 1.0
+        )
+        for name, (process, pipe, start) in list(running.items()):
+            seconds = time.monotonic() - start
+            result = _received(pipe)
+            if result is None and process.is_alive() and seconds < limit:
+                continue
+            if result is None:
+                why = (
+                    f"took more than {limit:.0f} s" if process.is_alive() else f"process died (exit {process.exitcode})"
+                )
+                result = Result(name, problem=why)
+            process.kill()
+            process.join()
+            pipe.close()
+            del running[name]
+            result.seconds = seconds
+            yield result
+
+
+def _received(pipe: Connection) -> Result | None:
+    try:
+        return pipe.recv() if pipe.poll() else None
+    except EOFError:
+        return None
+
+
+def _worker(pipe: Connection, name: str, chosen: list[str], kinds: dict[str, str]) -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+    try:
+        pipe.send(run(name, chosen, kinds))
+    except Exception as error:
+        pipe.send(Result(name, problem=f"{type(error).__name__}: {error}"[:300]))
+
+
+def run(name: str, chosen: list[str], kinds: dict[str, str]) -> Result:
+    """All methods on one class."""
+    _, kind, model_class = zoo.classes(kinds)[name]
+    result = Result(name, model_class.__name__, kind)
+    try:
+        model = zoo.build(name, kinds)
+    except Exception as error:
+        result.problem = f"does not run: {error}"[:300]
+        return result
+    result.attention = attention_of(model)
+    for method in chosen:
+        subject, inputs = model, zoo.inputs_for(kind, model)
+        if method in HEADED:
+            if kinds is not zoo.TEXT or name not in zoo.classes({"cls": zoo.TEXT["cls"]}):
+                result.outcomes[method] = "-"
+                continue
+            subject = zoo.build(name, {"cls": zoo.TEXT["cls"]})
+            inputs = zoo.inputs_for("cls", subject)
+        if method in KEYS and not result.attention:
+            result.outcomes[method] = "-"
+            continue
+        result.outcomes[method] = outcome(subject, inputs, method)
+    return result
+
+
+def attention_of(model: nn.Module) -> str:
+    """How the model attends: "interface", "softmax" or "other", whichever comes first in that order; "" if it does not."""
+    forms = {a.form for block in inlay.anatomy(model).blocks for a in block.attentions}
+    return next((form for form in ("interface", "softmax", "other") if form in forms), "")
+
+
+def outcome(model: nn.Module, inputs: dict[str, Any], name: str) -> str:
+    """ "ok", or what went wrong."""
+    try:
+        check(model, inputs, SETTINGS[name](), unchanged=name in UNCHANGED)
+    except Failed as error:
+        said = str(error)
+    except inlay.InlayError as error:
+        said = f"refused: {type(error).__name__}: {error}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"raised {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    else:
+        said = "ok"
+    with contextlib.suppress(inlay.InlayError):
+        inlay.detach(model)
+    return " ".join(said.split())[:400]
+
+
+def check(model: nn.Module, inputs: dict[str, Any], method: Method, *, unchanged: bool) -> None:
+    """All that a method must do on a model.
+
+    Raises:
+        Failed: one of the checks.
+    """
+    before = snapshot(model)
+    base = logits(model, inputs)
+    adapter = inlay.attach(model, method, "one")
+    if unchanged and not same(logits(model, inputs), base):
+        raise Failed(f"changes the output at the start (by {gap(logits(model, inputs), base):.1e})")
+    step(model, adapter, inputs)
+    trained = logits(model, inputs)
+    if same(trained, base):
+        raise Failed("one step does not change the output")
+    with tempfile.TemporaryDirectory() as folder:
+        path = adapter.save(Path(folder) / "adapter")
+        inlay.detach(model, "one")
+        compare(snapshot(model), before)
+        if not same(logits(model, inputs), base):
+            raise Failed("removing it does not restore the output")
+        inlay.load(model, path)
+        if not same(logits(model, inputs), trained):
+            raise Failed(f"loading it gives other outputs (by {gap(logits(model, inputs), trained):.1e})")
+    inlay.detach(model)
+    compare(snapshot(model), before)
+
+
+def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The model's first output, without gradients. Some models draw random numbers even in evaluation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return first(model(**inputs))
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of a result."""
+    values = output.values() if hasattr(output, "values") else output
+    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs have equal bits; NaN, which some random models give, equals itself."""
+    return a.shape == b.shape and bool(torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)))
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+
+
+def step(model: nn.Module, adapter: inlay.Adapter, inputs: dict[str, Any]) -> None:
+    """One optimizer step towards a random target; every tensor must have a finite gradient."""
+    parameters = [p for p in adapter.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    torch.manual_seed(0)
+    output = first(model(**inputs))
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    (output.float() * target).nan_to_num().mean().backward()
+    found = inlay.anatomy(model)
+    idle = {p for p, leaf in found.leaves.items() if not leaf.called or leaf.rows == "routed"}
+    without = []
+    for key, parameter in adapter.named_parameters():
+        if parameter.requires_grad and parameter.grad is None and not any(key.startswith(p + ".") for p in idle):
+            without.append(key)
+        elif parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise Failed(f"the gradient of {key} is not finite")
+    if without:
+        raise Failed(f"{len(without)} tensors without a gradient: {', '.join(without[:3])}")
+    # Zero-initialised factors need a step that is felt in fp32, whatever the scale of the loss.
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.any():
+            parameter.grad *= 0.1 * parameter.numel() ** 0.5 / parameter.grad.norm()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that removing an adapter must bring back."""
+    modules = {path: (id(m), type(m)) for path, m in model.named_modules()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    bits = {name: (id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {"modules": modules, "requires_grad": flags, "tensors": bits, "keys": list(model.state_dict())}
+
+
+def compare(after: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises Failed: something differs."""
+    for what, value in before.items():
+        if after[what] != value:
+            raise Failed(f"removing it leaves other {what} behind")
+
+
+def report(results: list[Result], chosen: list[str]) -> str:
+    """docs/coverage.md."""
+    ran = [r for r in results if r.outcomes]
+    attends = [r for r in ran if r.attention]
+    full = [r for r in attends if r.attention != "other"]
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "torch"))
+    lines = [
+        "# Coverage",
+        "",
+        "Which method works on which architecture, written by `make coverage` (benchmarks/coverage.py says what is checked).",
+        "One tiny random model for each configuration class in transformers' mappings for causal, sequence-to-sequence and",
+        "masked language modelling and sequence classification.",
+        "",
+        f"* {versions}, Python {platform.python_version()}, {platform.machine()}",
+        f"* {len(results)} configuration classes, {len(ran)} run a tiny forward pass",
+        f"* {len(attends)} of these attend: {_count(ran, 'interface')} through transformers' attention interface, "
+        f"{_count(ran, 'softmax')} by a softmax of their own, {_count(ran, 'other')} in another way only (linear, hashed, sampled)",
+        "",
+        "| method | works | of | % | refuses by name | fails |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for method in chosen:
+        outcomes = [r.outcomes[method] for r in ran if r.outcomes.get(method, "-") != "-"]
+        good, refused = outcomes.count("ok"), sum(o.startswith("refused") for o in outcomes)
+        share = f"{100 * good / len(outcomes):.1f}" if outcomes else "-"
+        lines.append(
+            f"| {method} | {good} | {len(outcomes)} | {share} | {refused} | {len(outcomes) - good - refused} |"
+        )
+    lines += [
+        "",
+        f"Methods that need an attention ({', '.join(KEYS)}) count the classes that attend; {len(full)} of those have a softmax",
+        "over all keys. HeadOnly counts the classes that can classify. A refusal is an error that names the reason before",
+        "anything is changed. Parts of a model that the text inputs of this sweep do not reach (image towers, unused",
+        "experts) need no gradient.",
+        "",
+        "## Refusals and failures",
+        "",
+    ]
+    lines += _failures(ran, chosen)
+    lines += ["", "## Classes that do not run", ""]
+    lines += [f"* {r.name}: {_cell(r.problem)}" for r in results if not r.outcomes]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(ran: list[Result], chosen: list[str]) -> list[str]:
+    """One line a class and reason, with all methods that it stops."""
+    lines = []
+    for result in ran:
+        reasons: dict[str, list[str]] = {}
+        for method in chosen:
+            said = result.outcomes.get(method, "-")
+            if said not in ("ok", "-"):
+                reasons.setdefault(said, []).append(method)
+        lines += [f"* {result.name} ({', '.join(m)}): {_cell(said)}" for said, m in reasons.items()]
+    return lines or ["None."]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _count(results: list[Result], attention: str) -> int:
+    return Counter(r.attention for r in results)[attention]
+
+
+if __name__ == "__main__":
+    main()
