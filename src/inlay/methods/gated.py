@@ -62,7 +62,8 @@ class Gate(nn.Module):
         if self.form == "published" or mask is None:
             return g.mean(-2, keepdim=True)
         real = mask[:, -x.shape[1] :, None].to(g.dtype)
-        return (g * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+        mean: Tensor = (g * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+        return mean
 
 
 class GatedDelta(Delta):
