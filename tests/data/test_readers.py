@@ -51,6 +51,7 @@ def test_a_stray_quote_spoils_its_own_line_only(write: Write) -> None:
         (8, "e"),
     ]
     assert [line for line, row in found if isinstance(row, RowError)] == [3, 7]
+    assert str(found[-2][1]).endswith("found: a quote that is never closed")
 
 
 def test_wrong_number_of_fields(write: Write) -> None:

@@ -239,7 +239,7 @@ class Delimited(Mapped):
             try:
                 fields = next(records, None)
             except csv.Error as error:
-                fields, fault = [], str(error)
+                fields, fault = [], "a quote that is never closed" if "end of data" in str(error) else str(error)
             if fields is None:
                 return None
             line, spanned, taken = number + taken, fed - taken, fed
