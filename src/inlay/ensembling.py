@@ -58,7 +58,7 @@ def ensemble(
     *,
     read: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
 ) -> Ensemble:
-    """Runs every row with every adapter in one forward pass, and lets them vote.
+    """Runs every row with every adapter in one forward pass, without gradients, and lets them vote.
 
     Args:
         model: a model with these adapters; any methods, prompts most of all.
@@ -73,7 +73,7 @@ def ensemble(
         AdapterError: an unknown adapter, or an output that holds no classes.
     """
     count, inputs = len(names), _replicated(names, batch, vote)
-    with use(model, _rows(names, inputs)):
+    with torch.no_grad(), use(model, _rows(names, inputs)):
         output = model(**inputs)
     scores: Tensor = output.logits if read is None else read(output, inputs)
     if scores.ndim != 2:

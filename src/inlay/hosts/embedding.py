@@ -47,7 +47,8 @@ class Served:
 
     def __post_init__(self) -> None:
         first = self.groups[0].rows
-        self.offset_R, self.size_R = torch.zeros(2, 1 if first.index is None else first.total, dtype=torch.long)
+        rows = 1 if first.index is None else first.total
+        self.offset_R, self.size_R = torch.zeros(2, rows, dtype=torch.long, device="cpu")
         start = 0
         for group, pieces in zip(self.groups, self.tokens, strict=True):
             size = sum(piece.length for piece in pieces)

@@ -197,13 +197,14 @@ class Prompts:
         self.uneven = len({len(row.tokens) for row in rows}) > 1
 
         def table(values: Sequence[Sequence[int]]) -> Tensor:
-            return torch.tensor([[*v, *([0] * (self.most - len(v)))] for v in values], dtype=torch.long)
+            padded = [[*v, *([0] * (self.most - len(v)))] for v in values]
+            return torch.tensor(padded, dtype=torch.long, device="cpu")
 
         self._made = (
             table([[t.at for t in row.tokens] for row in rows]),
             table([[t.number for t in row.tokens] for row in rows]),
-            torch.tensor([len(row.tokens) for row in rows]),
-            torch.tensor([row.size for row in rows]),
+            torch.tensor([len(row.tokens) for row in rows], device="cpu"),
+            torch.tensor([row.size for row in rows], device="cpu"),
         )
         self._moved: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): self._made}
 

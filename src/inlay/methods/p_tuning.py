@@ -1,6 +1,6 @@
 """P-tuning: virtual tokens at any places of a template, made by a small network.
 
-Legend: P virtual tokens, I features of an embedding, H hidden features of the LSTM in each direction.
+Legend: P virtual tokens, I features of an embedding, H hidden features of the LSTM in each direction, G = 4 H gates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -19,25 +20,68 @@ from inlay.methods.prompt import Lender, build_once, edge_of, embeddings
 from inlay.template import Template
 
 
+class BiLSTM(nn.Module):
+    """A bidirectional LSTM over one short sequence, with the parameters of `nn.LSTM` under the same names.
+
+    Written out, because the fused kernels give other bits with and without gradients, so that what is stored would not
+    be what was trained, and because `torch.compile` does not take `nn.LSTM`.
+    """
+
+    def __init__(self, size: int, hidden: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden, self.layers, self.dropout = hidden, layers, dropout
+        for layer in range(layers):
+            inside = size if layer == 0 else 2 * hidden
+            shapes = {"weight_ih": (4 * hidden, inside), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,)}
+            for name, shape in {**shapes, "bias_hh": (4 * hidden,)}.items():
+                for way in ("", "_reverse"):
+                    start = torch.empty(shape).uniform_(-(hidden**-0.5), hidden**-0.5)
+                    self.register_parameter(f"{name}_l{layer}{way}", nn.Parameter(start))
+
+    def forward(self, x_PI: Tensor) -> Tensor:
+        """The hidden states of both directions, of shape (P, 2 H)."""
+        for layer in range(self.layers):
+            if layer and self.dropout and self.training:
+                x_PI = F.dropout(x_PI, self.dropout)
+            x_PI = self._layer(x_PI, layer)
+        return x_PI
+
+    def _layer(self, x_PI: Tensor, layer: int) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = (self._both(n, layer) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        gates_2PG = torch.stack([x_PI, x_PI.flip(0)]) @ w_ih.mT + (b_ih + b_hh)[:, None]
+        h = c = x_PI.new_zeros(2, 1, self.hidden)
+        states = []
+        for step in range(x_PI.shape[0]):
+            i, f, g, o = (gates_2PG[:, step : step + 1] + h @ w_hh.mT).chunk(4, dim=-1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            states.append(h)
+        forth, back = torch.cat(states, dim=1)
+        return torch.cat([forth, back.flip(0)], dim=-1)
+
+    def _both(self, name: str, layer: int) -> Tensor:
+        return torch.stack([getattr(self, f"{name}_l{layer}"), getattr(self, f"{name}_l{layer}_reverse")])
+
+
 class PromptEncoder(nn.Module):
     """h = MLP(BiLSTM(E)), or MLP(E), with E of shape (P, I)."""
 
     def __init__(self, length: int, size: int, kind: str, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.E = nn.Parameter(torch.randn(length, size))
-        if kind == "lstm":
-            between = dropout if layers > 1 else 0.0
-            self.lstm = nn.LSTM(size, hidden, layers, dropout=between, bidirectional=True, batch_first=True)
+        self.lstm = BiLSTM(size, hidden, layers, dropout) if kind == "lstm" else None
         wide = 2 * hidden if kind == "lstm" else size
         self.mlp = nn.Sequential(nn.Linear(wide, size), nn.ReLU(), nn.Linear(size, size))
 
     def forward(self) -> Tensor:
         """h_PI"""
+        if self.E.is_meta or not torch.is_autocast_enabled(self.E.device.type):
+            return self._result()
         with torch.autocast(self.E.device.type, enabled=False):
-            x = self.E
-            if "lstm" in self._modules:
-                x = self.lstm(x[None])[0][0]
-            return self.mlp(x)  # type: ignore[no-any-return]
+            return self._result()
+
+    def _result(self) -> Tensor:
+        return self.mlp(self.E if self.lstm is None else self.lstm(self.E))  # type: ignore[no-any-return]
 
 
 class PTuningTokens(VirtualTokens):
