@@ -123,7 +123,7 @@ class RunConfig(BaseModel):
     revision: str | None = None
     """branch, tag or commit of the model on the hub"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """how the frozen weights are kept; auto: as stored"""
+    """how the frozen weights are kept; auto: in bf16 where the run computes in bf16, else as stored"""
     attn_implementation: str | None = None
     """attention function of transformers (sdpa, eager, flash_attention_2, ...)"""
     quantization: Literal["nf4", "fp4"] | None = None

@@ -80,7 +80,7 @@ def test_train_prints_what_it_found_its_plan_an_example_and_the_result(inlay, wo
         r"54 of 60|6 of 60",
         r"plan +[\d,]+ parameters are trained \(task head 99\), [\d,]+ stored; the base has [\d,]+ \(\d+\.\d+ %\)",
         r"2 steps of 8 rows, about 0\.3 epochs; learning_rate 0\.002, linear",
-        r"cpu, float32; about [\d.]+ [kM]B of memory: weights",
+        r"cpu, float32 weights; about [\d.]+ [kM]B of memory: weights",
         r"example +as the model sees it",
         r"\[CLS\] (the|a) (red|green|blue)",
         r"⟦(red|green|blue)⟧",

@@ -122,7 +122,7 @@ def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torc
             source_of(config.model),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            dtype=_dtype(config, device),
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             # A head for other classes is made anew; anything else that does not fit is refused below.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -185,15 +185,6 @@ def load_any(config: RunConfig, task: str | None = None) -> Any:
     cls = getattr(transformers, AUTO[task]) if task is not None else own or transformers.AutoModel
     with _told(config.model, task or ""), _quiet():
         return cls.from_pretrained(source_of(config.model), revision=config.revision).eval()
-
-
-def _dtype(config: RunConfig, device: torch.device) -> Any:
-    """The stored dtype by default; a CPU computes in float16 too slowly, so there it becomes float32."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type == "cpu" and getattr(load_config(config), "dtype", None) == torch.float16:
-        return torch.float32
-    return "auto"
 
 
 @contextlib.contextmanager

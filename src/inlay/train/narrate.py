@@ -58,7 +58,9 @@ class Narrator:
         rows = (config.per_device_train_batch_size or 0) * config.gradient_accumulation_steps
         rows *= session.accelerator.num_processes
         epochs = total_steps / max(len(session.train_batches) / config.gradient_accumulation_steps, 1)
-        precision = "bf16 autocast" if config.bf16 else "fp16 autocast" if config.fp16 else str(model.dtype)[6:]
+        precision = ("bf16 autocast, " if config.bf16 else "fp16 autocast, " if config.fp16 else "") + (
+            f"{config.quantization} weights" if config.quantization else f"{str(model.dtype)[6:]} weights"
+        )
         needed = memory.estimate(
             model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
         )

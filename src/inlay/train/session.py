@@ -17,7 +17,7 @@ from inlay.config import RunConfig
 from inlay.train import models
 from inlay.train.defaults import resolve_method, resolve_steps
 from inlay.train.loop import total_steps
-from inlay.train.precision import autocast, resolve_precision
+from inlay.train.precision import autocast, resolve_dtype, resolve_precision
 
 if TYPE_CHECKING:
     from inlay.data import Batches, DataSpec, Encoded, Prepared
@@ -78,12 +78,14 @@ def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
     from inlay.data import prepare
 
     accelerator = open_accelerator(config)
-    kind = models.kind_of(models.load_config(config))
+    model_config = models.load_config(config)
+    kind = models.kind_of(model_config)
     tokenizer = models.load_tokenizer(config)
     say(f"reading {shown_data(config)}")
     with accelerator.main_process_first():
         prepared = prepare(data_spec(config), tokenizer, kind)
     config = resolve_precision(resolve_method(config, method_name, prepared.task), accelerator.device)
+    config = resolve_dtype(config, method_name, getattr(model_config, "dtype", None), accelerator.device)
     say(f"loading {config.model}")
     seed_everything(config.seed)
     loaded = models.load_model(config, prepared, tokenizer, accelerator.device)
