@@ -218,6 +218,39 @@ def test_only_the_prefix_is_stored_and_trains_on_in_the_direct_form(family, dtyp
             assert torch.equal(third(**inputs).logits, after)
 
 
+def test_a_prefix_inside_another_piece_stays_in_the_direct_form_too(tmp_path):
+    model = tiny("bert")
+    adapter = inlay.attach(model, inlay.UniPELT(), head=None)
+    shake(adapter)
+    inputs = features(model)
+    adapter.save(tmp_path / "a")
+    loaded = inlay.load(tiny("bert"), tmp_path / "a")
+    loaded.save(tmp_path / "b", keep_training_state=True)
+    again = inlay.load(tiny("bert"), tmp_path / "b")
+    assert again.trained_parameters == adapter.stored_parameters < adapter.trained_parameters
+    with torch.no_grad():
+        assert torch.equal(again.model(**inputs).logits, model(**inputs).logits)
+
+
+def test_trains_compiled_as_it_does_uncompiled():
+    torch._dynamo.reset()
+    model = tiny("llama", num_hidden_layers=1)
+    adapter = attach(model, mid=6)
+    inputs = features(model)
+
+    def gradients(forward):
+        model.zero_grad()
+        forward(**inputs).logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in adapter.named_parameters()}
+
+    plain = gradients(model)
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch._dynamo.reset()
+    for name, gradient in plain.items():
+        assert gradient.any()
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("mid", [None, 6])
 def test_resumes_from_its_own_folder_as_if_never_interrupted(mid, tmp_path):
     model = tiny("t5")

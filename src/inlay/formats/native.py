@@ -207,9 +207,9 @@ def _fill(adapter: Adapter, tensors: dict[str, Tensor], training_state: bool, pa
     if training_state:
         for key, piece in adapter.pieces.items():
             # Saved by a piece that had dropped its reparametrisation before: take that form first.
-            dropped = {n: tensors[f"{key}.{n}"] for n in piece.stored_spec() if f"{key}.{n}" in tensors}
-            if dropped and not any(f"{key}.{n}" in tensors for n in piece.state_dict()):
-                piece.load_stored(dropped)
+            spec = {n: f"{key}.{n}" for n in piece.stored_spec()}
+            if spec.keys() != piece.state_dict().keys() and all(n in tensors for n in spec.values()):
+                piece.load_stored({n: tensors[name] for n, name in spec.items()})
         own = adapter.state_dict()
         shared = own.keys() - _once(own).keys()
         wanted = {n: tuple(t.shape) for n, t in own.items() if n not in shared}

@@ -165,7 +165,7 @@ def enable(model: nn.Module) -> None:
             if "config" not in module.__dict__ or module.functions is None:
                 raise SiteError(
                     f"{path} ({type(module).__name__}) does not choose its attention function by its config, so keys "
-                    "cannot be added to it. Name other attentions as sites (for example 'decoder:heads'), or use methods "
+                    "cannot be added to it. Name other attentions as sites ('decoder:heads', ...), or use methods "
                     "without prefixes on this model (LoRA, Bottleneck, ...)."
                 )
             former(module)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from inlay.anatomy.base import Anatomy, Heads, Site
 from inlay.errors import FormatError, MethodError
 from inlay.methods.base import ExtraKV, Frozen, Method
+from inlay.methods.positions import ShiftedPositions, position_sites
 
 
 class Trunk(nn.Module):
@@ -92,7 +93,7 @@ class PrefixKV(ExtraKV):
     @property
     def direct(self) -> bool:
         """Whether P_k and P_v are the parameters themselves."""
-        return not self._trunk
+        return len(self._trunk) == 0
 
     def every_parameter(self) -> list[nn.Parameter]:
         """What the prefix is computed from, the shared trunk included."""
@@ -176,6 +177,8 @@ class Prefix(Method):
         std: standard deviation of P_k and P_v at the start in the direct form (0.02: He et al.'s code).
         sites: "heads" (self-attention) and "cross.heads", also behind "encoder:" or "decoder:"; None takes all.
         layers: only these blocks, negative numbers from the end.
+        shifts_positions: the tokens' positions begin behind the prefix, as where it is passed as `past_key_values`; for
+            prefixes that were trained so. Only for models that look positions up in a table (GPT-2, OPT, BERT, BART).
     """
 
     tag: ClassVar[str] = "prefix"
@@ -194,14 +197,18 @@ class Prefix(Method):
     std: float = Field(default=0.02, ge=0.0)
     sites: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    shifts_positions: bool = False
 
     def select(self, anatomy: Anatomy) -> list[Site]:
-        return attention_sites(anatomy, self.sites, self.layers)
+        sites = attention_sites(anatomy, self.sites, self.layers)
+        return [*position_sites(anatomy, sites), *sites] if self.shifts_positions else sites
 
     def shared(self, sites: Sequence[Site]) -> Trunks | None:
         return None if self.mid is None else Trunks(self.length, self.mid)
 
-    def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> PrefixKV:
+    def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> PrefixKV | ShiftedPositions:
+        if site.heads is None:
+            return ShiftedPositions(frozen, self.length)
         trunks = shared if isinstance(shared, Trunks) else None
         return PrefixKV(site, self.length, self.std, self.dropout, trunks)
 
