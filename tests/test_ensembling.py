@@ -27,9 +27,8 @@ def with_prompts(family, task=None, spread=1.0):
 def apart(model, run):
     results = []
     for name in NAMES:
-        with inlay.use(model, name):
-            with torch.no_grad():
-                results.append(run())
+        with inlay.use(model, name), torch.no_grad():
+            results.append(run())
     return results
 
 
