@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import inlay
@@ -251,3 +253,128 @@ def test_what_peft_has_no_place_for_is_refused_by_name(family, method, named, tm
     with pytest.raises(FormatError, match=named):
         adapter.save(tmp_path / "a", format="peft")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("peft") / "lora"
+    theirs("bert", "cls", peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"), path)
+    return path
+
+
+def damaged(folder: Path, to: Path, settings: dict[str, Any] | None = None, tensors: Any = None) -> Path:
+    """A copy of a folder with some settings and tensors changed; None takes one away."""
+    config = json.loads((folder / "adapter_config.json").read_text()) | (settings or {})
+    held = load_file(folder / "adapter_model.safetensors")
+    to.mkdir()
+    (to / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    save_file(tensors(held) if tensors else held, to / "adapter_model.safetensors")
+    return to
+
+
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+def test_all_that_does_not_fit_is_listed_at_once_and_the_model_stays(folder, tmp_path):
+    def change(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        del held[f"{QUERY}.lora_A.weight"]
+        held[f"{QUERY}.lora_B.weight"] = torch.zeros(32, 7)
+        held["base_model.model.bert.encoder.layer.0.attention.self.quary.lora_A.weight"] = torch.zeros(2, 32)
+        held["somewhere.else"] = torch.zeros(1)
+        del held["base_model.model.classifier.weight"]
+        return held
+
+    model = tiny("bert", "cls")
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(FormatError) as caught:
+        inlay.load(model, damaged(folder, tmp_path / "x", tensors=change))
+    for part in ("missing .*query.lora_A", "wrong shape .*query.lora_B.*7", "quary", "somewhere.else", "classifier"):
+        assert re.search(part, str(caught.value)), part
+    assert [type(m) for m in model.modules()] == classes
+    assert inlay.adapters(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_qalora": True}, "use_qalora=true"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"made_up": 3, "another": "x"}, r"(?s)another.*made_up"),
+        ({"r": 3}, "wrong shape"),
+        ({"rank_pattern": {"query": 5}}, "wrong shape"),
+        ({"target_modules": ["query"]}, "not in target_modules"),
+        ({"target_modules": ["query", "value", "key"]}, "key.*named in target_modules"),
+        ({"bias": "all"}, r"missing .*bias"),
+        ({"modules_to_save": ["classifier", "pooler"]}, "pooler.*modules_to_save"),
+        ({"peft_type": "VERA"}, "VeRA"),
+        ({"peft_type": "LORRA"}, "LORA"),
+        ({"peft_type": ...}, "peft_type"),
+    ],
+)
+def test_settings_that_would_change_the_result_are_refused_by_name(folder, settings, named, tmp_path):
+    with pytest.raises(FormatError, match=named):
+        inlay.load(tiny("bert", "cls"), damaged(folder, tmp_path / "x", settings))
+
+
+def test_unknown_settings_at_their_defaults_are_ignored(folder, tmp_path):
+    settings = {"new_in_2030": None, "another": False, "third": {}, "lora_alpha": 5, "peft_version": "9.9"}
+    adapter = inlay.load(tiny("bert", "cls"), damaged(folder, tmp_path / "x", settings), "named")
+    assert adapter.name == "named"
+    assert adapter.method.alpha == 5
+
+
+def test_files_that_are_not_there_or_not_whole(folder, tmp_path):
+    for name, part in (("adapter_model.safetensors", "no adapter_model"), ("adapter_config.json", "holds neither")):
+        broken = damaged(folder, tmp_path / name)
+        (broken / name).unlink()
+        with pytest.raises(FormatError, match=part):
+            inlay.load(tiny("bert", "cls"), broken)
+    broken = damaged(folder, tmp_path / "short")
+    blob = (broken / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(blob[:-40])
+    with pytest.raises(FormatError, match="not a complete"):
+        inlay.load(tiny("bert", "cls"), broken)
+    (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
+    with pytest.raises(FormatError, match=r"adapter_model\.bin.*weights_only"):
+        inlay.load(tiny("bert", "cls"), broken)
+    (broken / "adapter_config.json").write_text("{")
+    with pytest.raises(FormatError, match="JSON"):
+        inlay.load(tiny("bert", "cls"), broken)
+
+
+def test_another_base_is_refused_and_a_loaded_adapter_can_be_frozen(folder):
+    with pytest.raises(FormatError, match="no such module"):
+        inlay.load(tiny("roberta", "cls"), folder)
+    with pytest.raises(FormatError, match="wrong shape"):
+        inlay.load(tiny("bert", "cls", hidden_size=48), folder)
+    adapter = inlay.load(tiny("bert", "cls"), folder, trainable=False)
+    assert not any(p.requires_grad for p in adapter.parameters())
+    assert adapter.name == "default"
+
+
+def test_a_head_of_another_width_comes_along(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    expected = theirs("bert", "cls", config, tmp_path / "five", ours={"num_labels": 5})
+    model, wider = tiny("bert", "cls"), tiny("bert", "cls", num_labels=5)
+    model.bert.load_state_dict(wider.bert.state_dict())
+    inlay.load(model, tmp_path / "five")
+    with torch.no_grad():
+        found = model(**batch(model, labels=False)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_but_an_adapter_folder_is_replaced(tmp_path):
+    adapter = inlay.attach(tiny("llama"), inlay.LoRA(rank=2))
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(FormatError, match="no PEFT folder"):
+        adapter.save(tmp_path, format="peft")
+    assert (tmp_path / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_layernorm_tuning_is_read(tmp_path):
+    expected = theirs("llama", None, peft.LNTuningConfig(task_type="CAUSAL_LM"), tmp_path / "ln")
+    model = tiny("llama")
+    inlay.load(model, tmp_path / "ln")
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,5 @@
-"""PEFT's adapter folders, read and written: LoRA, DoRA, AdaLoRA, IA3, prompt tuning, P-tuning, prefix tuning.
+"""PEFT's adapter folders, read and written: LoRA, DoRA, AdaLoRA, IA3, prompt tuning, P-tuning, prefix tuning;
+LayerNorm tuning is read.
 
 The layout is that of PEFT 0.21. What one side has no place for is refused by name; nothing is dropped, guessed or
 loaded in part. Only safetensors are read.
@@ -15,13 +16,25 @@ from inlay.anatomy import anatomy
 from inlay.anatomy.probe import modules_of
 from inlay.errors import FormatError, nearest
 from inlay.formats.peft_folder import Folder, Reading, read_folder, write
-from inlay.formats.peft_modules import read_adalora, read_ia3, read_lora
+from inlay.formats.peft_modules import read_adalora, read_ia3, read_lora, read_norms
+from inlay.formats.peft_prefix import read_prefix, write_prefix
+from inlay.formats.peft_prompts import read_prompt, write_prompt
 from inlay.formats.peft_write import write_modules
+from inlay.methods.base import VirtualTokens
+from inlay.methods.prefix import PrefixKV
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
 
-READERS = {"LORA": read_lora, "ADALORA": read_adalora, "IA3": read_ia3}
+READERS = {
+    "LORA": read_lora,
+    "ADALORA": read_adalora,
+    "IA3": read_ia3,
+    "LN_TUNING": read_norms,
+    "PROMPT_TUNING": read_prompt,
+    "P_TUNING": read_prompt,
+    "PREFIX_TUNING": read_prefix,
+}
 
 LOW_RANK = "PEFT can turn it into a LoRA (peft.convert_to_lora), which is read"
 REFUSED = {
@@ -30,7 +43,6 @@ REFUSED = {
     "VERA": f"VeRA (shared random matrices): {LOW_RANK}",
     "OFT": "OFT rotates weights; merge it with PEFT and load the merged model",
     "BOFT": "BOFT rotates weights; merge it with PEFT and load the merged model",
-    "LN_TUNING": "LayerNorm tuning: merge it with PEFT, or train it here as Full(sites='norm')",
     "ADAPTION_PROMPT": "LLaMA-Adapter's gated prompts have no counterpart; Prefix or UniPELT are near",
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning: save the prompt of one task as prompt tuning",
     "TRAINABLE_TOKENS": "trained rows of the embedding: merge it with PEFT and load the merged model",
@@ -43,6 +55,10 @@ def save(adapter: Adapter, path: Path) -> Path:
     Raises:
         FormatError: PEFT's format has no place for this method, or something else is in the way.
     """
+    if any(isinstance(piece, VirtualTokens) for piece in adapter.pieces.values()):
+        return write(path, adapter, write_prompt(adapter))
+    if any(isinstance(piece, PrefixKV) for piece in adapter.pieces.values()):
+        return write(path, adapter, write_prefix(adapter))
     return write(path, adapter, write_modules(adapter))
 
 

@@ -24,7 +24,7 @@ from inlay.methods.adalora import AdaLoRA
 from inlay.methods.base import Method, Mix, Piece
 from inlay.methods.bitfit import BiasDelta, BitFit
 from inlay.methods.dora import DoRA
-from inlay.methods.full import Copy
+from inlay.methods.full import Copy, Full
 from inlay.methods.ia3 import IA3
 from inlay.methods.lora import LoRA
 from inlay.spelling import mapping, spell
@@ -71,24 +71,25 @@ class Found:
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    prefix: str = PREFIX
 
 
-def sort_tensors(folder: Folder, modules: dict[str, nn.Module]) -> Found:
+def sort_tensors(folder: Folder, modules: dict[str, nn.Module], prefix: str = PREFIX) -> Found:
     """Who each tensor belongs to."""
-    found = Found()
+    found = Found(prefix=prefix)
     for name, tensor in sorted(folder.tensors.items()):
         if name.endswith(".ranknum"):
             continue  # written by older versions; always the initial rank
         if WRAPPED.search(name) and WRAPPED.sub(".", name) in folder.tensors:
             continue  # with bias="all", heads' biases are written a second time, and the unused original's
-        if not name.startswith(PREFIX):
+        if not name.startswith(prefix):
             found.problems.append(f"unexpected {name}")
             continue
-        match = PARTS.match(name.removeprefix(PREFIX))
+        match = PARTS.match(name.removeprefix(prefix))
         if match is not None:
             path, part, into = match["path"], match["part"], found.modules
         else:
-            path, _, part = name.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+            path, _, part = name.removeprefix(prefix).replace(".base_layer.", ".").rpartition(".")
             into = found.base
         if path not in modules or (into is found.base and part not in modules[path]._parameters):
             found.problems.append(f"unexpected {name}: this model has no such module or parameter")
@@ -112,7 +113,7 @@ def read_lora(folder: Folder, model: nn.Module, modules: dict[str, nn.Module], a
         table = "_embedding" if isinstance(modules[path], nn.Embedding) else ""
         wanted = {f"lora{table}_A": (ranks[path], into), f"lora{table}_B": (out, ranks[path])}
         _compare(found, path, tensors, wanted | ({"lora_magnitude_vector": (out,)} if dora else {}))
-    heads, biases = _base_modules(folder, found, model, modules)
+    heads, biases = base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     method = (DoRA if dora else LoRA)(
         rank=mapping(ranks),
@@ -148,7 +149,7 @@ def read_adalora(folder: Folder, model: nn.Module, modules: dict[str, nn.Module]
         out, into = _shape(found, path, modules[path])
         k = int(kept[path].sum())
         _compare(found, path, tensors, {"lora_A": (k, into), "lora_B": (out, k), "lora_E": (k, 1)})
-    heads, biases = _base_modules(folder, found, model, modules)
+    heads, biases = base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     method = AdaLoRA(
         init_rank=rank,
@@ -180,7 +181,7 @@ def read_ia3(folder: Folder, model: nn.Module, modules: dict[str, nn.Module], an
     for path, tensors in found.modules.items():
         out, into = _shape(found, path, modules[path])
         _compare(found, path, tensors, {"ia3_l": (1, into) if path in entering else (out, 1)})
-    heads, biases = _base_modules(folder, found, model, modules)
+    heads, biases = base_modules(folder, found, model, modules)
     refuse(folder, found.problems)
     leaving = [p for p in found.modules if p not in entering]
     sites = (*spell(anatomy, leaving), *(f"{selector}:input" for selector in spell(anatomy, entering)))
@@ -198,11 +199,11 @@ def _reading(
     whole: Method = Mix(methods=(method, BitFit(sites=spell(anatomy, biases)))) if biases else method
 
     def fill(adapter: Adapter) -> None:
-        resize_heads(adapter, {f"{path}.{HEAD}.{n}": t for path in heads for n, t in found.base[path].items()})
-        for key, piece, site in zip(adapter.pieces, adapter.pieces.values(), adapter.sites, strict=True):
-            if isinstance(piece, Copy) and key.endswith(f".{HEAD}"):
-                piece.load_stored(found.base[site.leave])
-            elif isinstance(piece, BiasDelta):
+        fill_heads(adapter, found)
+        for piece, site in zip(adapter.pieces.values(), adapter.sites, strict=True):
+            if isinstance(piece, Copy):
+                continue
+            if isinstance(piece, BiasDelta):
                 bias = original(adapter.model, site.leave, "bias")
                 assert bias is not None
                 stored = biases[site.leave].to(bias.device, torch.float32)
@@ -213,7 +214,30 @@ def _reading(
     return Reading(whole, heads, fill)
 
 
-def _base_modules(
+def fill_heads(adapter: Adapter, found: Found) -> None:
+    """Puts the tensors of modules that were trained as a whole into the copies that stand for them."""
+    resize_heads(adapter, {f"{path}.{HEAD}.{n}": t for path, tensors in found.base.items() for n, t in tensors.items()})
+    for piece, site in zip(adapter.pieces.values(), adapter.sites, strict=True):
+        if isinstance(piece, Copy):
+            piece.load_stored(found.base[site.leave])
+
+
+def read_norms(folder: Folder, model: nn.Module, modules: dict[str, nn.Module], anatomy: Anatomy) -> Reading:
+    """LayerNorm tuning: norms that were trained as a whole."""
+    check_settings(folder, TARGETING, {})
+    renamed = {name.replace(".ln_tuning_layers.", "."): t for name, t in folder.tensors.items()}
+    found = sort_tensors(Folder(folder.path, folder.config, renamed), modules)
+    norms = {
+        name.removeprefix(PREFIX).partition(".ln_tuning_layers.")[0] for name in folder.tensors if ".ln_tuning" in name
+    }
+    heads, _ = base_modules(folder, found, model, modules)
+    refuse(folder, found.problems)
+    return Reading(
+        Full(sites=spell(anatomy, norms)), tuple(h for h in heads if h not in norms), lambda a: fill_heads(a, found)
+    )
+
+
+def base_modules(
     folder: Folder, found: Found, model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Modules that were trained as a whole, and biases that were trained by themselves."""
@@ -236,7 +260,7 @@ def _base_modules(
                 found.problems.append(f"wrong shape {path}.bias: {tuple(tensors['bias'].shape)}")
             biases[path] = tensors["bias"]
             continue
-        missing = [f"missing {PREFIX}{path}.{n}" for n in own if n not in tensors]
+        missing = [f"missing {found.prefix}{path}.{n}" for n in own if n not in tensors]
         wrong = [
             f"wrong shape {path}.{n}: {tuple(t.shape)} instead of {tuple(own[n].shape)}"
             for n, t in tensors.items()
@@ -248,7 +272,7 @@ def _base_modules(
     wanted = {p for p in modules for s in saved if p.endswith(s) and dict(modules[p].named_parameters())}
     for path in sorted(wanted):
         if not any(h == path or h.startswith(path + ".") for h in heads):
-            found.problems.append(f"missing {PREFIX}{path}.* (named in modules_to_save)")
+            found.problems.append(f"missing {found.prefix}{path}.* (named in modules_to_save)")
     return tuple(heads), biases
 
 

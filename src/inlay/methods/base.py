@@ -247,11 +247,15 @@ class Frozen:
 
     def embed(self, ids: Tensor) -> Tensor:
         """What an embedding gives for these ids, scaled as the model scales it; without pieces."""
+        with torch.no_grad():
+            return self.run(ids.to(self.device))  # type: ignore[no-any-return]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself gives, without pieces."""
         from inlay.hosts.base import Host
 
         cls: Any = type(self._module).base if isinstance(self._module, Host) else type(self._module)
-        with torch.no_grad():
-            return cls.forward(self._module, ids.to(self.device))  # type: ignore[no-any-return]
+        return cls.forward(self._module, *args, **kwargs)
 
     def copy(self) -> nn.Module:
         """A trainable fp32 copy of the module. Tied parameters stay tied among the copies of one adapter."""
