@@ -47,6 +47,20 @@ int inlay_has_vector(void) {
 #endif
 }
 
+/* Where the scales of a range of blocks come from: absmax[b], or map[codes[b]] * absmax[b >> nested_shift] + offset. */
+typedef struct {
+    const float *absmax, *map;
+    const uint8_t *codes;
+    int nested_shift;
+    float offset;
+} scales_t;
+
+static inline float scale_of(const scales_t *s, int64_t b) {
+    if (!s->codes) return s->absmax[b];
+    float product = s->map[s->codes[b]] * s->absmax[b >> s->nested_shift];
+    return product + s->offset;
+}
+
 /* A block has sixteen possible results, so they are scaled and rounded once and then only looked up. */
 static void lookup32(const uint8_t *in, int64_t n, const uint32_t *table, uint32_t *out) {
     for (int64_t i = 0; i < n / 2; i++) { out[2 * i] = table[in[i] >> 4]; out[2 * i + 1] = table[in[i] & 15]; }
@@ -58,78 +72,94 @@ static void lookup16(const uint8_t *in, int64_t n, const uint16_t *table, uint16
     if (n & 1) out[n - 1] = table[in[n / 2] >> 4];
 }
 
-#if defined(__x86_64__)
-/* vpermd and vpermw look at the low four and five bits of an index, so shifting a nibble down is enough; the 16-bit
-   table is held twice and the fifth bit does not matter. The order of shifts puts the high nibble first. */
-AVX512 static int64_t lookup32_vector(const uint8_t *in, int64_t n, const uint32_t *table, uint32_t *out) {
-    const __m512i entries = _mm512_loadu_si512(table);
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        int64_t eight; memcpy(&eight, in + i / 2, 8);
-        __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(spread, _mm512_set1_epi64(eight)), shift);
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(index, entries));
+static void decode_plain(const uint8_t *in, int64_t n, const float *book, float scale, void *out, int64_t at, int dtype) {
+    if (dtype == FLOAT32) {
+        uint32_t table[16];
+        for (int k = 0; k < 16; k++) table[k] = bits_of(book[k] * scale);
+        lookup32(in, n, table, (uint32_t *)out + at);
+    } else {
+        uint16_t table[16];
+        for (int k = 0; k < 16; k++)
+            table[k] = dtype == BFLOAT16 ? to_bfloat16(book[k] * scale) : to_float16(book[k] * scale);
+        lookup16(in, n, table, (uint16_t *)out + at);
     }
-    return i;
 }
 
-AVX512 static int64_t lookup16_vector(const uint8_t *in, int64_t n, const uint16_t *table, uint16_t *out) {
-    const __m512i entries = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table));
+#if defined(__x86_64__)
+/* Whole blocks [first, last). vpermd and vpermw look at the low four and five bits of an index, so shifting a nibble
+   down is enough; the 16-bit table is held twice and the fifth bit does not matter. The order of the shifts puts the
+   high nibble first. */
+AVX512 static void decode32_vector(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+                                   const scales_t *scales, uint32_t *out) {
+    const __m512 values = _mm512_loadu_ps(book);
+    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    for (int64_t b = first; b < last; b++) {
+        const __m512i table = _mm512_castps_si512(_mm512_mul_ps(values, _mm512_set1_ps(scale_of(scales, b))));
+        const uint8_t *in = packed + b * block / 2;
+        uint32_t *to = out + b * block;
+        for (int64_t i = 0; i < block; i += 16) {
+            int64_t eight;
+            memcpy(&eight, in + i / 2, 8);
+            __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(spread, _mm512_set1_epi64(eight)), shift);
+            _mm512_storeu_si512(to + i, _mm512_permutexvar_epi32(index, table));
+        }
+    }
+}
+
+AVX512 static void decode16_vector(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+                                   const scales_t *scales, uint16_t *out, int dtype) {
+    const __m512 values = _mm512_loadu_ps(book);
     const __m512i spread = _mm512_set_epi16(7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4,
                                             3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const __m512i shift = _mm512_set1_epi64(0x0008000c00000004);
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(in + i / 2)));
-        __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(spread, bytes), shift);
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, entries));
-    }
-    return i;
-}
-#endif
-
-static void decode_block(const uint8_t *in, int64_t n, const float *book, float scale, void *out, int64_t at,
-                         int dtype, int vector) {
-    if (dtype == FLOAT32) {
-        uint32_t table[16], *to = (uint32_t *)out + at;
-        for (int k = 0; k < 16; k++) table[k] = bits_of(book[k] * scale);
-        int64_t done = 0;
-#if defined(__x86_64__)
-        if (vector) done = lookup32_vector(in, n, table, to);
-#endif
-        lookup32(in + done / 2, n - done, table, to + done);
-    } else {
-        uint16_t table[16], *to = (uint16_t *)out + at;
-        for (int k = 0; k < 16; k++)
-            table[k] = dtype == BFLOAT16 ? to_bfloat16(book[k] * scale) : to_float16(book[k] * scale);
-        int64_t done = 0;
-#if defined(__x86_64__)
-        if (vector) done = lookup16_vector(in, n, table, to);
-#endif
-        lookup16(in + done / 2, n - done, table, to + done);
-    }
-    (void)vector;
-}
-
-/* out[i] = book[index i] * scale, for i in [0, n). scale of block b is absmax[b], or where codes is given
-   map[codes[b]] * absmax[b / nested_block] + offset. */
-int inlay_dequantize4(const uint8_t *packed, int64_t n, int64_t block, const float *book, const float *absmax,
-                      const uint8_t *codes, const float *map, int64_t nested_block, float offset, void *out,
-                      int dtype, int path, int threads) {
-    if (dtype == FLOAT16 && !HAS_FLOAT16) return UNSUPPORTED;
-    if (path == VECTOR && !inlay_has_vector()) return UNSUPPORTED;
-    int64_t blocks = (n + block - 1) / block;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < blocks; b++) {
-        float scale = absmax[codes ? b / nested_block : b];
-        if (codes) {
-            float product = map[codes[b]] * scale;
-            scale = product + offset;
+    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    for (int64_t b = first; b < last; b++) {
+        const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale_of(scales, b)));
+        __m256i entries;
+        if (dtype == BFLOAT16) { /* to nearest even, in integers: vcvtneps2bf16 flushes denormals */
+            __m512i bits = _mm512_castps_si512(scaled);
+            __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+            bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, half)), 16);
+            entries = _mm512_cvtepi32_epi16(bits);
+        } else {
+            entries = _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         }
-        int64_t at = b * block, count = n - at < block ? n - at : block;
-        decode_block(packed + at / 2, count, book, scale, out, at, dtype, path == VECTOR);
+        const __m512i table = _mm512_broadcast_i64x4(entries);
+        const uint8_t *in = packed + b * block / 2;
+        uint16_t *to = out + b * block;
+        for (int64_t i = 0; i < block; i += 32) {
+            __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(in + i / 2)));
+            __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(spread, bytes), shift);
+            _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index, table));
+        }
     }
+}
+#endif
+
+/* out[i] = book[index i] * scale of its block, for i in [0, n). Block sizes are multiples of 32. */
+int inlay_dequantize4(const uint8_t *packed, int64_t n, int64_t block, const float *book, const float *absmax,
+                      const uint8_t *codes, const float *map, int nested_shift, float offset, void *out, int dtype,
+                      int path, int threads) {
+    if (block % 32 || (dtype == FLOAT16 && !HAS_FLOAT16)) return UNSUPPORTED;
+    if (path == VECTOR && !inlay_has_vector()) return UNSUPPORTED;
+    const scales_t scales = {absmax, map, codes, nested_shift, offset};
+    const int64_t blocks = n / block, chunk = (1 << 16) / block, chunks = (blocks + chunk - 1) / chunk;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t c = 0; c < chunks; c++) {
+        int64_t first = c * chunk, last = first + chunk < blocks ? first + chunk : blocks;
+#if defined(__x86_64__)
+        if (path == VECTOR) {
+            if (dtype == FLOAT32) decode32_vector(packed, first, last, block, book, &scales, (uint32_t *)out);
+            else decode16_vector(packed, first, last, block, book, &scales, (uint16_t *)out, dtype);
+            continue;
+        }
+#endif
+        for (int64_t b = first; b < last; b++)
+            decode_plain(packed + b * block / 2, block, book, scale_of(&scales, b), out, b * block, dtype);
+    }
+    if (n % block)
+        decode_plain(packed + blocks * block / 2, n % block, book, scale_of(&scales, blocks), out, blocks * block, dtype);
     return OK;
 }
 

@@ -38,7 +38,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, long, int_, float_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.inlay_dequantize4.argtypes = [
-        *(pointer, long, long, pointer, pointer, pointer, pointer, long, float_, pointer, int_, int_, int_)
+        *(pointer, long, long, pointer, pointer, pointer, pointer, int_, float_, pointer, int_, int_, int_)
     ]
     library.inlay_quantize4.argtypes = [pointer, int_, long, long, pointer, pointer, pointer, pointer, int_]
     return library
@@ -98,11 +98,11 @@ def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) ->
     if library is None or dtype is None:
         return False
     arguments = (
-        (state.absmax, None, None, 1, 0.0)
+        (state.absmax, None, None, 0, 0.0)
         if nested is None
-        else (nested.absmax, state.absmax, dynamic_table(_CPU), nested.block_size, float(nested.offset))
+        else (nested.absmax, state.absmax, dynamic_table(_CPU), nested.block_size.bit_length() - 1, float(nested.offset))
     )
-    absmax, codes, table, nested_block, offset = arguments
+    absmax, codes, table, nested_shift, offset = arguments
     status = library.inlay_dequantize4(
         packed.data_ptr(),
         out.numel(),
@@ -111,7 +111,7 @@ def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) ->
         absmax.data_ptr(),
         None if codes is None else codes.data_ptr(),
         None if table is None else table.data_ptr(),
-        nested_block,
+        nested_shift,
         offset,
         out.data_ptr(),
         dtype,
