@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from comparing import randomise
+from inlay.errors import FormatError, MethodError
 from tiny import batch, tiny
 
 peft = pytest.importorskip("peft")
@@ -113,3 +116,95 @@ def test_prefixes_from_peft_and_back(family, task, options, tmp_path):
     again = tiny(family, task)
     inlay.load(again, tmp_path / "native")
     assert torch.equal(ours_logits(again), found)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [
+        ("llama", "causal", inlay.Prefix(length=3)),
+        ("gpt2", "causal", inlay.Prefix(length=3, shifts_positions=True)),
+        ("bert", "cls", inlay.Prefix(length=3, mid=8, shifts_positions=True)),
+        ("llama", "causal", inlay.Prompt(length=3)),
+        ("bert", "cls", inlay.Prompt(length=3, after=0)),
+        ("llama", "causal", inlay.PTuning(template="{prompt:3} {text}")),
+        ("t5", "seq2seq", inlay.Prompt(length=3)),
+    ],
+)
+def test_ours_in_peft(family, task, method, tmp_path):
+    model = tiny(family, task)
+    adapter = randomise(inlay.attach(model, method))
+    expected = ours_logits(model)
+    adapter.save(tmp_path / "a", format="peft")
+    adapter.save(tmp_path / "b", format="peft")
+    found = text_of(in_peft(family, task, tmp_path / "a"), expected)
+    real = inputs(model)["attention_mask"].bool() if found.ndim == 3 and task != "seq2seq" else ...
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "named"),
+    [
+        ("gpt2", "causal", inlay.Prefix(length=3), "positions begin behind"),
+        ("llama", "causal", inlay.Prefix(length=3, layers=(0,)), "one prefix for every self-attention"),
+        ("bart", "seq2seq", inlay.Prefix(length=3), "decoder self-attention"),
+        ("bart", "seq2seq", inlay.Prefix(length=3, sites="decoder:heads", shifts_positions=True), "these differ"),
+        ("t5", "seq2seq", inlay.Prefix(length=3, sites="decoder:heads"), "relative biases"),
+        ("mistral", "causal", inlay.Prefix(length=3), "sliding windows"),
+        ("llama", "causal", inlay.Prefix(length=3) + inlay.LoRA(rank=2), "mixes LoRADelta, PrefixKV"),
+        ("llama", "causal", inlay.Prompt(length=3) + inlay.LoRA(rank=2), "mixes LoRADelta, PromptTokens"),
+        ("bert", "cls", inlay.Prompt(length=3), "before everything"),
+        ("llama", "causal", inlay.PTuning(template="{prompt:2} {text} {prompt:2}"), "before everything"),
+        ("roberta", "cls", inlay.MAM(), "mixes"),
+    ],
+)
+def test_what_peft_has_no_place_for_is_refused_by_name(family, task, method, named, tmp_path):
+    adapter = inlay.attach(tiny(family, task), method)
+    with pytest.raises(FormatError, match=named):
+        adapter.save(tmp_path / "a", format="peft")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_without_a_table_of_positions_cannot_shift_them():
+    with pytest.raises(MethodError, match="looks no positions up"):
+        inlay.attach(tiny("llama"), inlay.Prefix(length=3, shifts_positions=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "padding"), [("gpt2", "right"), ("gpt2", "none"), ("llama", "left"), ("opt", "left")]
+)
+def test_a_read_prefix_in_generate_and_in_mixed_batches(family, padding, tmp_path):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, task_type="CAUSAL_LM")
+    write_theirs(family, "causal", config, tmp_path / "peft")
+    model = tiny(family)
+    adapter = inlay.load(model, tmp_path / "peft", "theirs")
+    own = batch(model, rows=3, padding=padding, labels=False)
+    assert torch.equal(adapter.model(**own).logits, model(**own).logits)
+    with torch.no_grad():
+        alone = model(**own).logits
+        inlay.attach(model, inlay.LoRA(rank=2), name="other")
+        randomise(inlay.adapters(model)["other"])
+        other = model(**own).logits
+        inlay.use(model, ["theirs", "other", "theirs"])
+        mixed = model(**own).logits
+    real = own["attention_mask"].bool()
+    for row, expected in enumerate((alone, other, alone)):
+        torch.testing.assert_close(mixed[row][real[row]], expected[row][real[row]], atol=1e-5, rtol=1e-5)
+    inlay.use(model, "theirs")
+    ids = batch(model, rows=2, padding="none", labels=False)
+    again = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "peft").eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**ids, **settings), again.generate(**ids, **settings))
+
+
+def test_a_changed_tensor_or_setting_is_refused(tmp_path):
+    write_theirs(
+        "llama", "causal", peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), tmp_path / "x"
+    )
+    file = tmp_path / "x" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for settings, named in (({"num_virtual_tokens": 5}, "wrong shape"), ({"made_up": 1}, "made_up")):
+        file.write_text(json.dumps(config | settings))
+        with pytest.raises(FormatError, match=named):
+            inlay.load(tiny("llama"), tmp_path / "x")
