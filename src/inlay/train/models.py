@@ -46,6 +46,11 @@ AUTO = {
 
 def source_of(name: str) -> str:
     """What transformers is given for a model name: the folder of a package that carries it, else the name itself."""
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"model: {name} cannot be loaded: there is no such folder")
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
     package, folder = BUNDLED.get(name, ("", ""))
     if package and not Path(name).exists():
         spec = importlib.util.find_spec(package)
