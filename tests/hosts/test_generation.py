@@ -214,13 +214,15 @@ class TestLengths:
     def test_max_new_tokens_and_none(self, model):
         assert model.generate(torch.tensor([[9, 8, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
 
-    def test_min_length_counts_the_users_ids(self, model):
+    def test_minima_count_the_users_ids(self, model):
         ids = torch.tensor([[9, 8, 7]])
-        first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
-        model.generation_config.eos_token_id = first
-        assert model.generate(ids, max_new_tokens=6, do_sample=False).shape == (1, 4)
-        assert model.generate(ids, max_new_tokens=6, min_length=6, do_sample=False).shape[1] >= 6
-        assert first not in model.generate(ids, max_new_tokens=6, min_length=6, do_sample=False)[0, 3:5].tolist()
+        free = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+        end = next(i for i in range(5, 11) if free[i] not in free[3:i])
+        model.generation_config.eos_token_id = free[end]
+        for least in ({"min_new_tokens": end - 3}, {"min_length": end}):
+            assert model.generate(ids, max_new_tokens=8, **least, do_sample=False).shape == (1, end + 1)
+        for least in ({"min_new_tokens": end - 2}, {"min_length": end + 1}):
+            assert model.generate(ids, max_new_tokens=8, **least, do_sample=False).shape[1] > end + 1
 
 
 def test_outputs_as_a_dictionary_and_going_on_from_its_cache():

@@ -415,17 +415,40 @@ class TestRefusals:
         with pytest.raises(AdapterError, match="Pass decoder_input_ids or labels"):
             model(input_ids=torch.arange(10, 15)[None])
 
-    def test_models_without_named_embedding(self):
-        class Bag(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embed, self.out = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2)
+    def test_a_call_without_ids(self, model):
+        with pytest.raises(AdapterError, match="called without rows of token ids"):
+            model(attention_mask=torch.ones(2, 8))
 
-            def forward(self, ids):
-                return self.out(self.embed(ids).mean(1))
 
-        with pytest.raises(inlay.errors.MethodError, match="names none"):
-            inlay.attach(Bag(), Prompt(), example={"ids": torch.arange(5)[None]})
+class Bag(torch.nn.Module):
+    """A model of a user's own, whose ids have another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, words):
+        return self.out(self.embed(words)).cumsum(1)
+
+
+def test_a_model_of_ones_own():
+    model, words = Bag(), torch.randint(10, (3, 5))
+    base = copy.deepcopy(model)
+    adapter = inlay.attach(model, Prompt(length=2, after=0), example={"words": words})
+    expected = base.out(torch.cat([vectors(adapter).expand(3, -1, -1), base.embed(words)], 1)).cumsum(1)[:, 2:]
+    torch.testing.assert_close(model(words), expected)
+    torch.testing.assert_close(model(words=words), expected)
+    with pytest.raises(AdapterError, match="called without rows of token ids"):
+        model(torch.randint(10, (5,)))
+
+
+def test_a_model_without_token_embedding_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    with pytest.raises(inlay.errors.MethodError, match="names none"):
+        inlay.attach(model, Prompt(), example={"input": torch.randn(2, 4)})
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "cls"])

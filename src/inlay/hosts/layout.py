@@ -205,11 +205,12 @@ class Prompts:
             table([[t.number for t in row.tokens] for row in rows]),
             torch.tensor([len(row.tokens) for row in rows], device="cpu"),
             torch.tensor([row.size for row in rows], device="cpu"),
+            torch.tensor([row.placed for row in rows], device="cpu"),
         )
         self._moved: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): self._made}
 
     def tables(self, entries: int, device: torch.device) -> tuple[Tensor, ...]:
-        """at_BN and number_BN of each virtual token (0 where a row has none), their count_B, and the row's size_B.
+        """at_BN and number_BN of each virtual token (0 where there is none), count_B; size_B and placed_B of each row.
 
         Raises:
             AdapterError: the rows of ids are no multiple of the rows of the route.
@@ -242,7 +243,7 @@ class Prompts:
             own_B: rows that hold virtual tokens already; they get none.
         """
         rows, user, device = ids_BT.shape[0], ids_BT.shape[1], ids_BT.device
-        at_BN, _, tokens_B, _ = self.tables(rows, device)
+        at_BN, _, tokens_B, _, _ = self.tables(rows, device)
         if own_B is not None:
             tokens_B = tokens_B.masked_fill(own_B, 0)
         steps_N = torch.arange(self.most, device=device)

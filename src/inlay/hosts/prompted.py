@@ -97,12 +97,12 @@ def extend(model: Any, given: dict[str, Any], serving: Serving, *, left: bool = 
     Raises:
         AdapterError: the inputs do not say where, or are of a form that cannot be extended.
     """
-    ids: Any = given.get("input_ids")
+    name_of_ids = "input_ids" if "input_ids" in model.takes else model.takes[0]
+    ids: Any = given.get(name_of_ids)
     embeds: Any = given.get("inputs_embeds")
     source = ids if ids is not None else embeds[..., 0] if embeds is not None else None
-    if source is None:
-        _refuse_without_ids(given)
-        return Extended(given, None)
+    if not isinstance(source, Tensor) or source.ndim < 2 or (ids is not None and source.is_floating_point()):
+        raise AdapterError(_without_ids(model, given))
     _refuse_changed(model, serving)
     _refuse_packed(given, source)
     mask = given.get("attention_mask")
@@ -131,7 +131,7 @@ def extend(model: Any, given: dict[str, Any], serving: Serving, *, left: bool = 
 
     rows = source[..., 0].numel()
     if ids is not None:
-        inputs["input_ids"] = spread(ids, pad_id(model), serving.prompts.ids(rows, ids.device))
+        inputs[name_of_ids] = spread(ids, pad_id(model), serving.prompts.ids(rows, ids.device))
     else:
         _refuse_unpadded(model, uneven)
         inputs["inputs_embeds"] = spread(embeds, 0, _embedded(serving, rows, embeds))
@@ -145,7 +145,7 @@ def extend(model: Any, given: dict[str, Any], serving: Serving, *, left: bool = 
             inputs[name] = spread(value, IGNORED, IGNORED)
         elif name in ("start_positions", "end_positions") and value is not None:
             inputs[name] = layout.columns(value.reshape(-1)).reshape(value.shape)
-        elif per_token and not _known(name):
+        elif per_token and name != name_of_ids and not _known(name):
             raise AdapterError(
                 f"{name} has one value for each token id, and inlay does not know what it is at a virtual token. "
                 f"Put the virtual ids in yourself (ids from {serving.prompts.first} on) and give {name} for them too."
@@ -163,11 +163,10 @@ def _lay_out(
     flat = source.reshape(-1, source.shape[-1])
     mask_BT = mask.reshape(flat.shape) if mask is not None else None
     rows, device = flat.shape[0], flat.device
-    _, _, tokens_B, size_B = prompts.tables(rows, device)
+    _, _, tokens_B, size_B, placed_B = prompts.tables(rows, device)
     virtual_BT = torch.zeros_like(flat, dtype=torch.bool) if embedded else flat >= prompts.first
     own_B = virtual_BT.any(1)
-    placed_B = _placed(serving, rows, device)
-    if torch.compiler.is_compiling() or flat.is_meta:
+    if not _readable(flat):
         torch._assert_async((own_B | placed_B).all(), UNPLACED)
         if not prompts.most:
             return None, False
@@ -198,9 +197,10 @@ UNPLACED = (
 )
 
 
-def _placed(serving: Serving, rows: int, device: torch.device) -> Tensor:
-    placed_R = torch.tensor([row.placed for row in serving.prompts.rows], device=device)
-    return placed_R.repeat_interleave(rows // len(placed_R)) if len(placed_R) > 1 else placed_R.expand(rows)
+def _readable(x: Tensor) -> bool:
+    """Whether values may be looked at: not while compiling, capturing, or without any."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or x.is_meta or capturing)
 
 
 def _embedded(serving: Serving, rows: int, embeds: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def _labels_tokens(model: Any, labels: Tensor) -> bool:
 
 
 def _known(name: str) -> bool:
-    return name in ("input_ids", "inputs_embeds", "labels") or name.startswith(("decoder_", "encoder_"))
+    return name in ("inputs_embeds", "labels") or name.startswith(("decoder_", "encoder_"))
 
 
 def _continued(cache: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -327,12 +327,16 @@ def pad_id(model: Any) -> int:
     return found if isinstance(found, int) and found >= 0 else 0
 
 
-def _refuse_without_ids(given: dict[str, Any]) -> None:
+def _without_ids(model: Any, given: dict[str, Any]) -> str:
     if given.get("encoder_outputs") is not None:
-        raise AdapterError(
+        return (
             "encoder_outputs were computed without the virtual tokens of the active adapters. Pass input_ids to the "
             "model, or to generate()."
         )
+    return (
+        f"{type(model).__name__} was called without rows of token ids [B, T], into which the virtual tokens of the "
+        "active adapters could be put. Pass input_ids or inputs_embeds."
+    )
 
 
 def _refuse_changed(model: Any, serving: Serving) -> None:
@@ -351,8 +355,7 @@ def _refuse_packed(given: dict[str, Any], source: Tensor) -> None:
     """Several texts in one row would have one prompt, before the first of them."""
     packed = any(given.get(n) is not None for n in ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "cu_seq_lens"))
     positions = given.get("position_ids")
-    readable = not (torch.compiler.is_compiling() or source.is_meta)
-    if readable and positions is not None and given.get("attention_mask") is None and positions.ndim == 2:
+    if _readable(source) and positions is not None and given.get("attention_mask") is None and positions.ndim == 2:
         packed = packed or bool((positions[:, 1:] < positions[:, :-1]).any())
     if packed:
         raise AdapterError(
