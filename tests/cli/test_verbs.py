@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inlay import cli
-from train.worlds import COLOURS, data_file, model_folder
+from tiny import tiny
+from train.worlds import COLOURS, data_file, model_folder, tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -187,6 +189,29 @@ def test_eval_of_a_run_and_of_a_file(inlay, world, runs):
     assert code == 0
     assert re.search(r"untouched +\d", out)
     assert re.search(r"LoRA +\d", out)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "missing", "another base"])
+def test_a_damaged_adapter_is_one_error(inlay, world, runs, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(runs["classifier"], run)
+    file = run / "adapter" / "adapter.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another base":
+        config = run / "config.yaml"
+        tiny("bert", "cls", seed=1).save_pretrained(tmp_path / "other")
+        tokenizer("bert").save_pretrained(tmp_path / "other")
+        config.write_text(re.sub(r"(?m)^model: .*$", f"model: {tmp_path / 'other'}", config.read_text()))
+    else:
+        data[len(data) // 2] ^= damage == "one bit flipped"
+        file.write_bytes(data[: -1 if damage == "truncated" else None])
+    code, out, err = inlay("eval", str(run))
+    assert code == 1
+    assert "format error: " in err
+    assert "Traceback" not in err
+    assert "accuracy" not in out
 
 
 def test_eval_of_rows_without_labels_says_so(inlay, runs):

@@ -7,12 +7,11 @@ from inlay.train.evaluate import Evaluator
 from inlay.train.loop import Loop
 from inlay.train.progress import Display
 from inlay.train.session import Session, attach_new, seed_everything
-from inlay.train.signals import StopRequest
 
 BASELINE_NAME = "headonly"
 
 
-def head_only(session: Session, evaluator: Evaluator, main: Loop, stop: StopRequest) -> dict[str, float]:
+def head_only(session: Session, evaluator: Evaluator, main: Loop) -> dict[str, float]:
     """Train the task head alone on the same batches for the same steps (at most `BASELINE_STEPS`), and measure it.
 
     It has its own learning rate (`defaults.py`) and nothing of it is kept; the model is left as it was.
@@ -52,7 +51,6 @@ def head_only(session: Session, evaluator: Evaluator, main: Loop, stop: StopRequ
             evaluate=None,
             accelerator=session.accelerator,
             display=display,
-            stop=stop,
         )
         with display:
             loop.fit()

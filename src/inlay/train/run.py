@@ -141,6 +141,7 @@ class _Run:
             finally:
                 for tracker in loop.trackers:
                     tracker.close()
+        self.stop.release()
         return self._finish(loop, state)
 
     def _loop(self) -> Loop:
@@ -252,7 +253,7 @@ class _Run:
                 ours |= self._generation()
             elif self.config.baseline and self.method != BASELINE_NAME:
                 self.narrator.say("training the task head alone, to compare")
-                result.results["head only"] = head_only(self.session, self.evaluator, loop, self.stop)
+                result.results["head only"] = head_only(self.session, self.evaluator, loop)
             result.results[title] = ours
         result.adapter_bytes = runfolder.bytes_of(self.run / "adapter")
         result.commands = self._commands()

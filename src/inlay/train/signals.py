@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """A context in which the first signal is only noted in `signum`; outside the main thread it does nothing.
 
-    Until `defer` is called (while data and model are prepared and there is nothing to save) the first signal raises
-    `SystemExit` with 128 + signal.
+    Only after `defer` and until `release`, though: before the first step there is nothing to save, and after the last
+    one everything is saved, so that the first signal raises `SystemExit` with 128 + signal.
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,14 @@ class StopRequest:
         """From now on a signal waits for the next safe point."""
         self.deferred = True
 
+    def release(self) -> None:
+        """From now on a signal ends the run where it stands."""
+        self.deferred = False
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
             os._exit(128 + signum)
         self.signum = signum
         if not self.deferred:
+            os.write(2, f"stopped: {signal.Signals(signum).name}; nothing is lost\n".encode())
             raise SystemExit(128 + signum)
