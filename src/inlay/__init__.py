@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from inlay.anatomy import anatomy as anatomy
     from inlay.anatomy.base import Anatomy as Anatomy
     from inlay.anatomy.base import Site as Site
+    from inlay.combining import combine as combine
     from inlay.ensembling import ensemble as ensemble
     from inlay.ensembling import ensemble_generate as ensemble_generate
+    from inlay.export import export_merged as export_merged
     from inlay.methods.adalora import AdaLoRA as AdaLoRA
     from inlay.methods.base import Delta as Delta
     from inlay.methods.base import ExtraKV as ExtraKV
@@ -99,10 +101,12 @@ _HOME = {
     "anatomy": "inlay.anatomy",
     "attach": "inlay.adapter",
     "citation": "inlay.methods.base",
+    "combine": "inlay.combining",
     "detach": "inlay.adapter",
     "ensemble": "inlay.ensembling",
     "ensemble_generate": "inlay.ensembling",
     "errors": "inlay.errors",
+    "export_merged": "inlay.export",
     "fill_template": "inlay.template",
     "init_prefix_from_words": "inlay.prefix_words",
     "load": "inlay.adapter",
