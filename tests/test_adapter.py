@@ -303,3 +303,27 @@ def test_a_table_that_sees_no_rows_cannot_differ_by_row():
     with pytest.raises(AdapterError, match=r"relative_attention_bias sees tokens without the row"):
         inlay.use(model, ["full", None])
     inlay.use(model, ["full", "full"])
+
+
+def test_a_model_placed_by_accelerate_runs_its_adapter():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = tiny("llama")
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, AlignDevicesHook(io_same_device=True))
+    base = logits(model)
+    adapter = inlay.attach(model, inlay.LoRA(rank=2))
+    assert torch.equal(logits(model), base)
+    shake(adapter)
+    assert not torch.allclose(logits(model), base)
+    adapter.detach()
+    assert torch.equal(logits(model), base)
+
+
+def test_a_forward_replaced_on_a_module_is_refused():
+    model = tiny("llama")
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
+    with pytest.raises(AttachmentError, match=r"q_proj: its forward was replaced"):
+        inlay.attach(model, inlay.LoRA(rank=2))

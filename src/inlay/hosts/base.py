@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -133,11 +134,23 @@ def adopt(module: nn.Module, host: type[Host], path: str) -> Hosted:
                 f"{path} already hosts pieces as {type(module).host.__name__}, not as {host.__name__}."
             )
         return module._inlay
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise AttachmentError(
+            f"{path}: its forward was replaced on the module itself, which would pass by the adapter without a word. "
+            "Undo that (another library's patch), attach, and apply it again."
+        )
     module.__class__ = hosted_class(host, type(module))
+    _follow_dispatch(module)
     module._modules["inlay"] = Pieces()
     state = Hosted(path)
     module.__dict__["_inlay"] = state
     return state
+
+
+def _follow_dispatch(module: nn.Module) -> None:
+    """accelerate's device placement calls the forward it once bound; it must be that of the module's class now."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def is_intact(module: nn.Module) -> bool:
@@ -161,6 +174,7 @@ def release(module: nn.Module) -> None:
             "first (parametrizations, fully_shard, another library's wrapper), then detach."
         )
     module.__class__ = cls.base
+    _follow_dispatch(module)
     del module._modules["inlay"]
     del module.__dict__["_inlay"]
 
