@@ -45,6 +45,9 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     "bottleneck": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
     "mam": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
     "unipelt": _both(Defaults(1e-3), Defaults(5e-4, batch=8)),
+    # another cell of the same table; the multi-head form is as sensitive as a prefix
+    "inlay": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
+    "multihead": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
     # 5e-5 with the MLP and 1e-3 to 5e-3 in the direct form (arXiv:2101.00190; PEFT's comparison)
     "prefix": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
     # 0.3 with Adafactor on T5 (arXiv:2104.08691); 1e-3 to 1e-2 with AdamW

@@ -1,0 +1,59 @@
+"""Every method has settings of its own, and whatever a user says wins over them."""
+
+from __future__ import annotations
+
+import pytest
+
+from inlay.config import RunConfig
+from inlay.methods.base import methods
+from inlay.train.defaults import TABLE, defaults, kind_of, resolve_method, resolve_steps
+
+
+def test_every_method_is_in_the_table_and_nothing_else_is():
+    assert set(TABLE) == set(methods())
+
+
+def test_a_mix_takes_the_most_careful_part():
+    assert defaults("lora+full", "regression") == TABLE["full"]["understanding"]
+    assert defaults("lora+prefix", "causal-lm") == TABLE["lora"]["generation"]
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
+def test_texts_are_learnt_with_other_settings_than_classes(task):
+    assert kind_of(task) == "generation"
+    assert defaults("lora", task) != defaults("lora", "sequence-classification")
+
+
+def test_what_is_said_wins():
+    said = RunConfig(
+        model="m", data="d", learning_rate=1.0, per_device_train_batch_size=3, warmup_steps=0, weight_decay=0.5,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    resolved = resolve_method(said, "lora", "regression")
+    assert resolved == said.model_copy(update={"task": "regression"})
+    silent = resolve_method(RunConfig(model="m", data="d"), "full", "regression")
+    chosen = TABLE["full"]["understanding"]
+    assert (silent.learning_rate, silent.weight_decay) == (chosen.learning_rate, chosen.weight_decay)
+    assert (silent.warmup_ratio, silent.warmup_steps) == (chosen.warmup_ratio, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "total", "held_out", "expected"),
+    [
+        ({}, 1000, True, (10, 200, 200)),
+        ({}, 7, True, (1, 2, 2)),
+        ({}, 1000, False, (10, None, 200)),
+        ({"eval_steps": 30}, 1000, True, (10, 30, 30)),
+        ({"eval_steps": 30, "save_steps": 5, "logging_steps": 1}, 1000, True, (1, 30, 5)),
+    ],
+)
+def test_how_often(keys, total, held_out, expected):
+    resolved = resolve_steps(RunConfig(model="m", data="d", **keys), total, held_out)
+    assert (resolved.logging_steps, resolved.eval_steps, resolved.save_steps) == expected
+
+
+def test_every_resolved_default_is_a_legal_value():
+    for name in TABLE:
+        for task in ("regression", "causal-lm"):
+            resolved = resolve_method(RunConfig(model="m", data="d"), name, task)
+            RunConfig(**resolved.model_dump())
