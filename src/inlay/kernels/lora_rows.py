@@ -132,6 +132,8 @@ class LoRARows(Rowwise):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _make(deltas, dtype, stacked)
+        if deltas is not self.used:
+            return _make(deltas, dtype, stacked)
         kept: dict[tuple[torch.dtype, bool], tuple[int, tuple[Tensor, Tensor]]] = self.__dict__["kept"]
         mark = sum([p._version for p in self.parts])
         found = kept.get((dtype, stacked))
