@@ -1,6 +1,6 @@
 """Attaches every method to every architecture of the installed transformers and writes docs/coverage.md.
 
-    make coverage                                    # all text architectures, about ten minutes on two cores
+    make coverage                                    # all text architectures
     make coverage ARGS="--only LlamaConfig T5Config"
     make coverage ARGS="--methods lora prefix --resume"
     make coverage ARGS="--other"                     # vision and speech, reported apart
@@ -33,10 +33,15 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.models.llama.modeling_llama
 import zoo
 from torch import Tensor, nn
 
 import inlay
+import inlay.adapter  # loaded before the processes fork, so that none of them loads it again
+import inlay.formats.native
+import inlay.hosts.attention
+from inlay.errors import InlayError
 from inlay.methods.base import Method, methods
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,8 +202,8 @@ def _worker(pipe: Connection, name: str, chosen: list[str], kinds: dict[str, str
 
 def run(name: str, chosen: list[str], kinds: dict[str, str]) -> Result:
     """All methods on one class."""
-    _, kind, model_class = zoo.classes(kinds)[name]
-    result = Result(name, model_class.__name__, kind)
+    kind = zoo.classes(kinds)[name][1]
+    result = Result(name, zoo.model_class(name, kinds).__name__, kind)
     try:
         model = zoo.build(name, kinds)
     except Exception as error:
@@ -232,14 +237,14 @@ def outcome(model: nn.Module, inputs: dict[str, Any], name: str) -> str:
         check(model, inputs, SETTINGS[name](), unchanged=name in UNCHANGED)
     except Failed as error:
         said = str(error)
-    except inlay.InlayError as error:
+    except InlayError as error:
         said = f"refused: {type(error).__name__}: {error}"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         said = f"raised {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     else:
         said = "ok"
-    with contextlib.suppress(inlay.InlayError):
+    with contextlib.suppress(InlayError):
         inlay.detach(model)
     return " ".join(said.split())[:400]
 

@@ -7,6 +7,7 @@ not build or run, gentler changes are tried before the class is given up.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -121,15 +122,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def classes(kinds: Mapping[str, str] = TEXT) -> dict[str, tuple[type[PretrainedConfig], str, type[nn.Module]]]:
-    """Every configuration class once, by name: the class, the kind of task, the model class for it."""
-    found: dict[str, tuple[type[PretrainedConfig], str, type[nn.Module]]] = {}
-    for kind, name in kinds.items():
-        mapping = getattr(modeling_auto, name)
-        for config in mapping:
-            model = mapping[config]
-            found.setdefault(config.__name__, (config, kind, model[0] if isinstance(model, tuple) else model))
+def classes(kinds: Mapping[str, str] = TEXT) -> dict[str, tuple[type[PretrainedConfig], str]]:
+    """Every configuration class of some mappings once, by name, with the first kind of task that it has a model for."""
+    return _classes(tuple(kinds.items()))
+
+
+@functools.cache
+def _classes(kinds: tuple[tuple[str, str], ...]) -> dict[str, tuple[type[PretrainedConfig], str]]:
+    found: dict[str, tuple[type[PretrainedConfig], str]] = {}
+    for kind, name in kinds:
+        for config in getattr(modeling_auto, name):
+            found.setdefault(config.__name__, (config, kind))
     return dict(sorted(found.items()))
+
+
+def model_class(name: str, kinds: Mapping[str, str] = TEXT) -> type[nn.Module]:
+    """The model class for a configuration class."""
+    config_class, kind = classes(kinds)[name]
+    found = getattr(modeling_auto, kinds[kind])[config_class]
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
 def for_model(config: PretrainedConfig, model_class: type[nn.Module]) -> PretrainedConfig:
@@ -251,17 +262,20 @@ def build(name: str, kinds: Mapping[str, str] = TEXT) -> nn.Module:
     Raises:
         ValueError: no shrunk configuration builds, or none runs.
     """
-    config_class, kind, model_class = classes(kinds)[name]
+    config_class, kind = classes(kinds)[name]
+    made = model_class(name, kinds)
     errors: list[str] = []
     for config in candidates(config_class):
         try:
-            config = for_model(config, model_class)
+            config = for_model(config, made)
+            if kind == "cls" and config.get_text_config().pad_token_id is None:
+                config.get_text_config().pad_token_id = config.pad_token_id = 0
             with torch.device("meta"):
-                size = sum(p.numel() for p in model_class(config).parameters())
+                size = sum(p.numel() for p in made(config).parameters())
             if size > MOST_PARAMETERS:
                 raise ValueError(f"{size:,} parameters")
             torch.manual_seed(0)
-            model = model_class(config).eval()
+            model = made(config).eval()
             with torch.no_grad():
                 model(**inputs_for(kind, model))
                 _roughen(model)

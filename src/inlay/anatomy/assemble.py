@@ -26,7 +26,8 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
     """The anatomy that a trace shows."""
     modules = dict(modules_of(model))
     tree = Tree(record, modules)
-    leaves = _leaves(static_leaves(model), tree)
+    reached = record.reaching()
+    leaves = _leaves(static_leaves(model), tree, reached)
     whole = {path: _as_leaf(call, record.batch) for path, call in tree.whole.items() if path and path in tree.below}
     found = layers(tree)
     attentions = Attentions(tree, found, getattr(model, "config", None))
@@ -81,7 +82,9 @@ def structural(model: nn.Module, problem: str) -> Anatomy:
     )
 
 
-def _leaves(leaves: dict[str, Leaf], tree: Tree) -> dict[str, Leaf]:
+def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str, Leaf]:
+    """The leaves with what the run showed of them. Silent ones show no graph, so they cannot be called dead."""
+    silent = {c.path for c in tree.record.silent}
     for path, leaf in leaves.items():
         call = tree.calls.get(path)
         if call is None:
@@ -93,7 +96,14 @@ def _leaves(leaves: dict[str, Leaf], tree: Tree) -> dict[str, Leaf]:
         elif leaf.kind != "conv":
             sizes = call.x.shape[-1], call.y.shape[-1]
         rows = _rows(call, tree.record.batch)
-        leaves[path] = dataclasses.replace(leaf, in_features=sizes[0], out_features=sizes[1], called=True, rows=rows)
+        leaves[path] = dataclasses.replace(
+            leaf,
+            in_features=sizes[0],
+            out_features=sizes[1],
+            called=True,
+            rows=rows,
+            dead=path not in reached and path not in silent,
+        )
     return leaves
 
 
@@ -129,11 +139,11 @@ class _Judge:
 
 def _block(layer: Layer, tree: Tree, attentions: Attentions, leaves: dict[str, Leaf], judge: _Judge) -> Block | None:
     record = tree.record
-    own = attentions.of(layer)
+    own = [a for a in attentions.of(layer) if a.o is None or not leaves[a.o].dead]
     ffns: list[tuple[int, FeedForward]] = []
     mixers: list[Mixer] = []
     for unit in layer.units:
-        if attentions.owns(unit):
+        if attentions.owns(unit) or all(leaves[c.path].dead for c in unit.calls):
             continue
         span = feed_forward(record, unit)
         if span is not None and (
@@ -186,7 +196,7 @@ def _without_leaves(layer: Layer, tree: Tree, judge: _Judge) -> list[Mixer]:
 
 def _adaptable(leaf: Leaf, leaves: dict[str, Leaf]) -> bool:
     """Projections that ran, and experts that this run happened not to choose."""
-    if leaf.kind != "linear" or leaf.bypassed:
+    if leaf.kind != "linear" or leaf.bypassed or leaf.dead:
         return False
     return leaf.called or _sibling_ran(leaf.path, leaves)
 
@@ -246,6 +256,9 @@ def _notes(leaves: dict[str, Leaf], tree: Tree) -> tuple[str, ...]:
     bypassed = [p for p, leaf in leaves.items() if leaf.bypassed]
     if bypassed:
         notes.append(f"read without being called, so pieces there would do nothing: {_few(bypassed)}")
+    dead = [p for p, leaf in leaves.items() if leaf.dead]
+    if dead:
+        notes.append(f"no gradient can reach what these compute, so they are in no semantic name: {_few(dead)}")
     fused = [p for p, leaf in leaves.items() if leaf.experts]
     if fused:
         notes.append(f"experts in one tensor, out of reach of 'linear'; 'ffn' adapts the block: {_few(fused)}")

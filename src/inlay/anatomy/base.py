@@ -81,6 +81,7 @@ class Leaf:
     Attributes:
         called: whether it ran on the example.
         bypassed: the module around it ran and read its weight without calling it, so that pieces would do nothing.
+        dead: it ran, but no gradient can reach it: what it computes only chooses (top-k), or is not used.
         experts: how many experts its three-dimensional weight holds.
     """
 
@@ -93,6 +94,7 @@ class Leaf:
     rows: RowAxis = "first"
     axis: Literal[-1, 1] = -1
     bypassed: bool = False
+    dead: bool = False
     experts: int = 0
 
 

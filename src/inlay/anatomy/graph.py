@@ -33,10 +33,16 @@ class Call:
 
 @dataclass(eq=False)
 class LeafCall(Call):
-    """A call of a leaf. `cut` is its output as the start of a new graph, None for norms, which are not cut."""
+    """A call of a leaf.
+
+    `cut` is its output as the start of a new graph, None where it is not cut (norms); `others` and
+    `results` are further tensors that it was given and gave.
+    """
 
     kind: Kind = "linear"
     cut: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
+    results: tuple[Tensor, ...] = ()
 
 
 @dataclass(eq=False)
@@ -56,6 +62,7 @@ class AttentionCall(Call):
     v: Tensor = field(default_factory=lambda: torch.empty(0))
     causal: bool = False
     window: int | None = None
+    others: tuple[Tensor, ...] = ()
 
     @property
     def q(self) -> Tensor:
@@ -77,6 +84,7 @@ class Trace:
     attentions: list[AttentionCall] = field(default_factory=list)
     silent: list[LeafCall | ModuleCall] = field(default_factory=list)
     bypassed: set[str] = field(default_factory=set)
+    outputs: list[Tensor] = field(default_factory=list)
     stops: dict[Node, Call] = field(default_factory=dict)
     norms: dict[Node, LeafCall] = field(default_factory=dict)
     dropouts: dict[int, ModuleCall] = field(default_factory=dict)
@@ -170,6 +178,33 @@ class Trace:
                 for source in self.sources(reader.x):
                     self._takers.setdefault(id(source), []).append(reader)
         return self._takers.get(id(call), [])
+
+    def reaching(self) -> set[str]:
+        """Paths of the leaves and attentions that the model's output depends on, as far as gradients tell.
+
+        A leaf that is not among them cannot be trained: what it computes only chooses (top-k), or is not used.
+        """
+        found: set[str] = set()
+        seen: set[Node] = set()
+        uncut = {t.grad_fn: c.path for c in self.leaves if c.cut is None for t in (c.y, *c.results)}
+        todo = [t.grad_fn for t in self.outputs]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in uncut:
+                found.add(uncut[node])
+            call = self.stops.get(node)
+            if isinstance(call, LeafCall):
+                found.add(call.path)
+                todo += [t.grad_fn for t in (call.x, *call.others)]
+            elif isinstance(call, AttentionCall):
+                found.add(call.path)
+                todo += [t.grad_fn for t in (call.q, call.k, call.v, *call.others)]
+            else:
+                todo += [following for following, _ in node.next_functions]
+        return found
 
     def comes_from_within(self, call: Call, path: str) -> bool:
         """Whether all of a call's output was computed by leaves inside a module, with nothing passed around them."""

@@ -62,9 +62,17 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_listening(modules, record, count))
         stack.enter_context(_attention_probe(modules, record, count))
-        model(**inputs)
+        record.outputs = list(_tensors(model(**inputs)))
     record.settle()
     return record
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 class _Watch(TorchFunctionMode):
@@ -238,15 +246,15 @@ def _leaf_hook(record: Trace, count: Iterator[int], path: str, kind: Kind, norm:
         x, y = _given(args, kwargs), _result(result)
         if x is None or y is None:
             return None
-        call = LeafCall(path, next(count), x, y, kind)
-        if kind == "norm":
-            record.leaves.append(call)
-            if norm and y.grad_fn is not None:
-                record.norms[y.grad_fn] = call
-            return None
-        if kind == "module" and y.shape == x.shape and not experts:
+        others = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x)
+        call = LeafCall(path, next(count), x, y, kind, others=others)
+        several = kind == "module" and not isinstance(result, Tensor)
+        if kind == "norm" or several or (kind == "module" and y.shape == x.shape and not experts):
             # No projection, only something with parameters of its own: what it is made from still counts.
-            record.leaves.append(call)
+            call.results = tuple(_tensors(result))
+            (record.leaves if torch.is_grad_enabled() else record.silent).append(call)
+            if kind == "norm" and norm and y.grad_fn is not None:
+                record.norms[y.grad_fn] = call
             return None
         cut = _cut(record, call, y)
         if isinstance(result, Tensor):
@@ -303,7 +311,8 @@ def _attention_probe(modules: list[tuple[str, nn.Module]], record: Trace, count:
             causal = bool(_hides_future(attention_mask))
         window = kw.get("sliding_window") or getattr(module, "sliding_window", None)
         window = window if isinstance(window, int) else None
-        call = AttentionCall(paths.get(id(module), "?"), next(count), q, out, k, v, causal, window)
+        others = tuple(t for t in (attention_mask, *kw.values()) if isinstance(t, Tensor))
+        call = AttentionCall(paths.get(id(module), "?"), next(count), q, out, k, v, causal, window, others)
         record.attentions.append(call)
         record.stops[out.grad_fn] = call
         return out, None

@@ -102,6 +102,7 @@ def _semantic(anatomy: Anatomy, name: str) -> list[Site]:
     if name == "norm":
         ran = any(leaf.called for leaf in anatomy.leaves.values())
         norms = [leaf for leaf in anatomy.leaves.values() if leaf.kind == "norm" and (leaf.called or not ran)]
+        norms = [leaf for leaf in norms if not leaf.dead]
         return [_leaf_site(anatomy, leaf.path, "norm") for leaf in norms]
     if name == "linear":
         return [_leaf_site(anatomy, p, "linear", b) for b in anatomy.blocks for p in b.linears]
@@ -204,7 +205,7 @@ def _by_path(anatomy: Anatomy, pattern: str, kinds: frozenset[Kind]) -> list[Sit
     glob = any(c in pattern for c in "*?[")
     if glob:
         fitting = [leaf for leaf in anatomy.leaves.values() if fnmatch.fnmatchcase(leaf.path, pattern)]
-        fitting = [leaf for leaf in fitting if not leaf.bypassed]
+        fitting = [leaf for leaf in fitting if not leaf.bypassed and not leaf.dead]
     else:
         fitting = list(_ending(anatomy.leaves.values(), pattern)) or list(_ending(anatomy.modules.values(), pattern))
     sites = [_leaf_site(anatomy, leaf.path, leaf.path) for leaf in fitting if leaf.kind in kinds]

@@ -78,9 +78,11 @@ def is_linear(module: nn.Module) -> bool:
 def static_leaves(model: nn.Module) -> dict[str, Leaf]:
     """All leaves of the model with the shapes that their weights tell."""
     leaves: dict[str, Leaf] = {}
+    last = ""
     for path, module in modules_of(model):
-        kind = leaf_kind(module) if path else None
+        kind = leaf_kind(module) if path and not (last and inside(path, last)) else None
         if kind is not None:
+            last = path
             leaves[path] = _static_leaf(path, module, kind)
     return leaves
 

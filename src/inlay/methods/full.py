@@ -29,7 +29,7 @@ class Copy(Replacement):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = next(self.module.parameters())
-        if not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
             # An embedding gives the dtype that the rest of the model computes in.
             return self.module(x, *args, **kwargs).to(self.frozen.dtype)  # type: ignore[no-any-return]
         if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
