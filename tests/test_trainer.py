@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, tiny
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import inlay
+from tiny import batch, tiny
 
 
 class Rows(Dataset):

@@ -271,6 +271,9 @@ def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> N
         adapter.pieces[f"{site.leave}.{key}"] = piece
         adapter.sites.append(site)
         adapter.paths.append(site.leave)
+        if piece.needs_padding:
+            piece.__dict__["padding"] = state.padding
+            hosts_rows(model)
     if any(site.kind == "attention" for site in adapter.sites):
         from inlay.hosts.attention import enable
 

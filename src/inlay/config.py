@@ -221,9 +221,7 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Pairs (key, what is wrong) for keys that are right alone and cannot stand together."""
 
     def get(key: str) -> Any:
-        return values.get(
-            key, RunConfig.model_fields[key].get_default(call_default_factory=True, validated_data={})
-        )
+        return values.get(key, RunConfig.model_fields[key].get_default(call_default_factory=True, validated_data={}))
 
     held_out = bool(get("eval_data")) or get("eval_fraction") > 0
     if get("warmup_ratio") is not None and get("warmup_steps") is not None:
@@ -252,14 +250,8 @@ def key_table() -> list[tuple[str, str, str, str]]:
     """Rows (key, type, default, meaning) of every key, in order."""
     rows = []
     for key, field in RunConfig.model_fields.items():
-        default = (
-            ""
-            if field.is_required()
-            else repr(field.get_default(call_default_factory=True, validated_data={}))
-        )
-        rows.append(
-            (key, type_name(field.annotation), "" if default == "None" else default, field.description or "")
-        )
+        default = "" if field.is_required() else repr(field.get_default(call_default_factory=True, validated_data={}))
+        rows.append((key, type_name(field.annotation), "" if default == "None" else default, field.description or ""))
     return rows
 
 

@@ -265,9 +265,10 @@ def _requantise(new: Fold, module: nn.Module, folded_OI: Tensor) -> Tensor:
         store(trial, folded_OI)
     except InlayError as error:
         raise MergeError(f'{new.path}: {error}. merge(to="bf16") keeps a dense copy instead.') from error
-    new.parameters["weight"] = trial.weight
-    if getattr(trial.weight, "module", None) is trial:
-        trial.weight.module = module
+    weight: Any = trial.weight
+    new.parameters["weight"] = weight
+    if getattr(weight, "module", None) is trial:
+        weight.module = module
     new.buffers |= trial._buffers
     new.attributes |= {n: trial.__dict__[n] for n in STORAGE if n in trial.__dict__}
     return weight_of(trial)
@@ -287,7 +288,7 @@ def _store_bias(new: Fold, module: nn.Module, bias_O: Tensor) -> None:
 
 def _try_out(path: str, source: nn.Module, new: Fold) -> None:
     """Runs an unknown kind of module on a few random values, before and after, and compares with ΔW and Δb."""
-    trial = pristine_copy(source, {}).float().eval()
+    trial: Any = pristine_copy(source, {}).float().eval()
     names = [n for n in ("weight", "bias") if n in new.parameters]
     before = {n: trial._parameters.get(n) for n in names}
     after = {n: nn.Parameter(new.parameters[n].detach().float(), requires_grad=False) for n in names}
@@ -299,7 +300,7 @@ def _try_out(path: str, source: nn.Module, new: Fold) -> None:
             wanted = trial(x) + _output_scale(trial) * F.embedding(x, after["weight"] - trial.weight)
         else:
             device = next(iter(new.parameters.values())).device
-            width = weight_of(trial).shape[1] if "weight" in names else trial.weight.shape[-1]  # type: ignore[union-attr]
+            width = weight_of(trial).shape[1] if "weight" in names else trial.weight.shape[-1]
             x = torch.randn(1, 5, width, generator=generator).to(device)
             wanted = trial(x)
             if "weight" in names:

@@ -113,3 +113,23 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert equal == [True] * 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("book", [NF4_BOOK, FP4_BOOK], ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_a_gpu_decodes_to_the_same_bits(
+    book: CodeBook, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INLAY_KERNELS", kernels)
+    x = torch.randn(64 * 1000)
+    packed, absmax = blocks4.quantize(x, book)
+    state = QuantState(book, 64, (x.numel(),), torch.float32, absmax)
+    expected = blocks4.dequantize(packed, state, torch.empty_like(x, dtype=dtype))
+    there = QuantState(book, 64, (x.numel(),), torch.float32, absmax.cuda())
+    out = torch.empty(x.numel(), dtype=dtype, device="cuda")
+    assert torch.equal(blocks4.dequantize(packed.cuda(), there, out).cpu(), expected)
+    theirs, scales = blocks4.quantize(x.cuda(), book)
+    assert torch.equal(theirs.cpu(), packed)
+    assert torch.equal(scales.cpu(), absmax)

@@ -92,8 +92,9 @@ def test_a_spoilt_adapter_spoils_its_own_rows_only():
 
 def test_another_composition_is_the_same_program():
     """Compiled once for a batch of four rows: any adapters on any rows, one adapter on all of them included."""
-    from tiny import tiny
     from torch._dynamo.testing import CompileCounter
+
+    from tiny import tiny
 
     model = tiny("llama")
     for i in range(3):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, tiny
 from torch import Tensor, nn
 
 import inlay
 from inlay.quant import NF4, Linear4, dequantize_model, load_quantized, quantize
+from tiny import batch, tiny
 
 METHODS: dict[str, Any] = {
     "lora": inlay.LoRA(rank=4, sites="linear"),

@@ -289,3 +289,15 @@ def test_in_place_change_between_forward_and_backward_is_noticed() -> None:
     layer.absmax.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_weight_can_be_read_inside_a_compiled_graph(double_quant: bool) -> None:
+    torch._dynamo.reset()
+    layer = packed(NF4(double_quant=double_quant))
+
+    def product(x: Tensor) -> Tensor:
+        return x @ weight_of(layer, torch.float32).t()
+
+    x = torch.randn(3, IN)
+    assert torch.equal(torch.compile(product, fullgraph=True, backend="aot_eager")(x), product(x))

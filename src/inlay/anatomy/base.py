@@ -13,7 +13,8 @@ Columns = tuple[tuple[int, int], ...]
 
 SEMANTIC = (
     "attn.q", "attn.k", "attn.v", "attn.o", "cross.q", "cross.k", "cross.v", "cross.o", "ffn.up", "ffn.gate",
-    "ffn.down", "attn", "attn.residual", "attn.norm", "cross", "cross.residual", "cross.norm", "ffn", "ffn.residual", "ffn.norm",
+    "ffn.down", "attn", "attn.residual", "attn.norm", "cross", "cross.residual", "cross.norm", "ffn",
+    "ffn.residual", "ffn.norm",
     "heads", "cross.heads", "linear", "norm", "embed", "head",
 )  # fmt: skip
 """Selectors that name a place by what it does; everything else is the end of a module path, or a glob."""

@@ -85,7 +85,7 @@ def _other(model: nn.Module, config: Any) -> list[dict[str, Tensor]]:
         return [{name: noise(1, 4000)}, {name: noise(1, 16000)}]
     if name == "input_features":
         audio = getattr(config, "audio_config", config)
-        bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_projection_input_dim", 80))
+        bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_projection_input_dim", 80) or 80)
         frames = 2 * int(getattr(audio, "max_source_positions", 50))
         decoder = {"decoder_input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=device)}
         decoder = decoder if getattr(config, "is_encoder_decoder", False) else {}

@@ -36,7 +36,8 @@ def feed_forward(record: Trace, unit: Unit) -> FeedForward | None:
 
 TOKENWISE = (
     "Mul", "Div", "Add", "Sub", "Neg", "Pow", "Exp", "Sqrt", "Silu", "Gelu", "Relu", "Elu", "Tanh", "Sigmoid",
-    "Softplus", "Hardswish", "Hardtanh", "Mish", "LeakyRelu", "Slice", "Split", "Chunk", "View", "Reshape", "Unsqueeze", "Squeeze",
+    "Softplus", "Hardswish", "Hardtanh", "Mish", "LeakyRelu", "Slice", "Split", "Chunk", "View", "Reshape", "Unsqueeze",
+    "Squeeze",
     "Clone", "Alias", "ToCopy", "Dropout", "Where", "Clamp", "CopySlices", "Xielu",
 )  # fmt: skip
 

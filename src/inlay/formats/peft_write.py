@@ -132,7 +132,7 @@ def _rows(site: Site, out: int) -> Tensor:
 def _magnitude(module: nn.Module, group: list[Placed]) -> Tensor:
     """m of all features; those that no piece adapts keep the norm of their weight."""
     weight = weight_of(module).float()
-    m = weight.norm(dim=1)
+    m: Tensor = weight.norm(dim=1)
     for site, piece in group:
         assert isinstance(piece, DoRADelta)
         m[_rows(site, len(m))] = piece.m.detach().to(m)
@@ -197,7 +197,7 @@ def _ia3(main: list[Placed], modules: dict[str, nn.Module]) -> Writing:
     return Writing("IA3", settings, tensors)
 
 
-def _add_copies(writing: Writing, copies: list[Placed], modules: dict[str, nn.Module], targets: set[str]) -> None:
+def _add_copies(writing: Writing, copies: Sequence[Placed], modules: dict[str, nn.Module], targets: set[str]) -> None:
     paths = {site.leave for site, _ in copies}
     both = sorted(paths & targets)
     if both:
@@ -230,7 +230,9 @@ def _containers(paths: set[str], modules: dict[str, nn.Module]) -> list[str]:
     return sorted(names)
 
 
-def _add_biases(writing: Writing, biases: list[Placed], model: nn.Module, targets: set[str], copied: set[str]) -> None:
+def _add_biases(
+    writing: Writing, biases: Sequence[Placed], model: nn.Module, targets: set[str], copied: set[str]
+) -> None:
     if not biases:
         return
     deltas: dict[str, Tensor] = {}

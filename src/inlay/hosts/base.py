@@ -139,7 +139,7 @@ def adopt(module: nn.Module, host: type[Host], path: str) -> Hosted:
             f"{path}: its forward was replaced on the module itself, which would pass by the adapter without a word. "
             "Undo that (another library's patch), attach, and apply it again."
         )
-    module.__class__ = hosted_class(host, type(module))
+    module.__class__ = hosted_class(host, type(module))  # type: ignore[assignment, unused-ignore]
     _follow_dispatch(module)
     module._modules["inlay"] = Pieces()
     state = Hosted(path)
@@ -173,7 +173,7 @@ def release(module: nn.Module) -> None:
             f"{module._inlay.path} was changed again after an adapter was attached (class {cls.__name__}). Undo that "
             "first (parametrizations, fully_shard, another library's wrapper), then detach."
         )
-    module.__class__ = cls.base
+    module.__class__ = cls.base  # type: ignore[assignment, unused-ignore]
     _follow_dispatch(module)
     del module._modules["inlay"]
     del module.__dict__["_inlay"]

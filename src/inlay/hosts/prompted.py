@@ -264,7 +264,8 @@ def _copied(model: Any, given: dict[str, Any], serving: Serving) -> bool:
         return False
     if given.get("labels") is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return False
-    if not serving.everywhere and model.get_decoder().get_input_embeddings() is not serving.module:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not serving.everywhere and decoder.get_input_embeddings() is not serving.module:
         raise AdapterError(
             f"{type(model).__name__} without decoder_input_ids and labels copies input_ids to its decoder, where this "
             "adapter has no virtual tokens. Pass decoder_input_ids or labels."

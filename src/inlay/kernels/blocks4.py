@@ -1,4 +1,4 @@
-"""Blockwise 4-bit quantisation at memory speed: the C kernel where it is to be had, else the plain form.
+"""Blockwise 4-bit quantisation at memory speed: on CPU the C kernel, on CUDA that of bitsandbytes, else the plain form.
 
 All forms give the same bits (`blocks4.c` against `inlay.quant.blockwise`); `Path` forces one of them in tests.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from enum import IntEnum
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor, path: Path | None
     if path is not Path.TORCH and _dequantize_c(packed, state, out, path):
         return out
     absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
+    if packed.is_cuda and compiled.enabled() and _bitsandbytes():
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            packed, absmax, state.block_size, state.book.name, out.shape, out.dtype, out=out
+        )
+        return out
     return blockwise.dequantize_blocks(packed, absmax, state.book, state.block_size, out)
 
 
@@ -100,7 +106,13 @@ def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) ->
     arguments = (
         (state.absmax, None, None, 0, 0.0)
         if nested is None
-        else (nested.absmax, state.absmax, dynamic_table(_CPU), nested.block_size.bit_length() - 1, float(nested.offset))
+        else (
+            nested.absmax,
+            state.absmax,
+            dynamic_table(_CPU),
+            nested.block_size.bit_length() - 1,
+            float(nested.offset),
+        )
     )
     absmax, codes, table, nested_shift, offset = arguments
     status = library.inlay_dequantize4(
@@ -119,6 +131,16 @@ def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) ->
         _threads(out.numel()),
     )
     return bool(status == 0)
+
+
+@cache
+def _bitsandbytes() -> bool:
+    """Whether the CUDA kernels of bitsandbytes can be had; they decode to the same bits."""
+    try:
+        import_module("bitsandbytes")
+    except ImportError:
+        return False
+    return True
 
 
 def quantize(x: Tensor, book: CodeBook, block_size: int = 64, path: Path | None = None) -> tuple[Tensor, Tensor]:

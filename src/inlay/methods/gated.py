@@ -77,7 +77,8 @@ class GatedDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = x if self.reads == "x" else y if self.reads == "y" else x + y
-        return self.gate(z, self.padding.mask_for(z)) * self.inner(x, y)
+        gated: Tensor = self.gate(z, self.padding.mask_for(z)) * self.inner(x, y)
+        return gated
 
 
 class GatedKV(ExtraKV):

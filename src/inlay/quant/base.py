@@ -56,7 +56,7 @@ def _midpoints(book: CodeBook) -> tuple[float, ...]:
     return tuple(((sorted_values[:-1] + sorted_values[1:]) / 2).tolist())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nested:
     """Double quantisation: what turns the 8-bit absmax back into fp32 (see `double_quant`)."""
 
@@ -65,7 +65,7 @@ class Nested:
     block_size: int = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantState:
     """Everything besides the packed bytes that a dequantisation needs.
 

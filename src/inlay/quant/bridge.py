@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import QuantizationError
-from inlay.kernels import blocks4
 from inlay.quant.base import Nested, QuantState
 from inlay.quant.format import BOOKS
+from inlay.quant.product import dequantize
 
 
 def logical_shape(module: nn.Module) -> tuple[int, int]:
@@ -95,12 +95,6 @@ def is_quantized(module: nn.Module) -> bool:
         or _is_torchao(weight)
         or not (weight.is_floating_point() and weight.element_size() > 1)
     )
-
-
-def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense tensor of packed bytes, in `dtype` or the one that was quantised."""
-    out = torch.empty(state.shape, dtype=dtype or state.dtype, device=packed.device)
-    return blocks4.dequantize(packed, state, out)
 
 
 def four_bit_state(module: nn.Module) -> tuple[Tensor, QuantState] | None:

@@ -62,6 +62,17 @@ def linear4(x_BI: Tensor, bias_O: Tensor | None, packed: Packed) -> Tensor:
     return _forward(x_BI, bias_O, packed)
 
 
+def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense (out, in) tensor of packed bytes, in `dtype` or the one that was quantised."""
+    if torch.compiler.is_compiling():
+        nested = (None, None) if state.nested is None else (state.nested.absmax, state.nested.offset)
+        settings = (state.book.name, state.block_size, *state.shape, dtype or state.dtype)
+        compiled: Tensor = torch.ops.inlay.dequantize4(packed, state.absmax, *nested, *settings)
+        return compiled
+    out = torch.empty(state.shape, dtype=dtype or state.dtype, device=packed.device)
+    return blocks4.dequantize(packed, state, out)
+
+
 def _forward(x_BI: Tensor, bias_O: Tensor | None, packed: Packed) -> Tensor:
     w_OI = packed.scratch(x_BI.dtype)
     with _no_autocast(x_BI.device.type):
@@ -132,6 +143,31 @@ def _input_grad_op(
 ) -> Tensor:
     layout = (quant_type, block_size, out_features, in_features)
     return _input_grad(dy, Packed(data, absmax, nested_absmax, nested_offset, *layout))
+
+
+@torch.library.custom_op("inlay::dequantize4", mutates_args=())
+def _dequantize4_op(
+    data: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    layout = (quant_type, block_size, out_features, in_features)
+    packed = Packed(data, absmax, nested_absmax, nested_offset, *layout)
+    w_OI = torch.empty(out_features, in_features, dtype=dtype, device=data.device)
+    return blocks4.dequantize(data, packed.state(dtype), w_OI)
+
+
+@_dequantize4_op.register_fake
+def _dequantize4_fake(data: Tensor, *rest: Any) -> Tensor:
+    *packed, dtype = rest
+    layout = Packed(data, *packed)
+    return data.new_empty((layout.out_features, layout.in_features), dtype=dtype)
 
 
 @_linear4_op.register_fake

@@ -25,7 +25,7 @@ from inlay.quant.nf4 import NF4
 _CONFIGS: dict[str, type[BlockQuantization]] = {"nf4": NF4, "fp4": FP4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """What a quantised leaf held, bit for bit; `restore` puts it back."""
 
