@@ -95,10 +95,10 @@ class Trained:
             facts.task,
             columns=facts.columns,
             labels=facts.labels,
+            multi_label=facts.multi_label,
             max_length=facts.max_length,
         )
-        first = encoded[0]
-        if "labels" not in first and "start_positions" not in first:
+        if not encoded.labelled:
             raise DataError(f"{data} has no labels to compare with; use inlay predict")
         return {Path(data).name: encoded}
 
@@ -116,6 +116,7 @@ class Trained:
             facts.task,
             columns=facts.columns,
             labels=facts.labels,
+            multi_label=facts.multi_label,
             max_length=facts.max_length,
         )
         return encoded
