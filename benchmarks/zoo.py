@@ -287,8 +287,8 @@ def build(name: str, kinds: Mapping[str, str] = TEXT) -> nn.Module:
 
 
 def _roughen(model: nn.Module) -> None:
-    """Norms and biases away from one and zero, so that what they do shows."""
+    """Norms and biases away from one and zero, and no weight all zero, so that what they do shows."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.ndim == 1 and parameter.is_floating_point():
+        if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.02)

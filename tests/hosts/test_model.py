@@ -28,7 +28,8 @@ def edge(family, task):
 
 
 def attach(model, method, name="default", seed=3, head="auto"):
-    adapter = inlay.attach(model, method, name=name, head=head)
+    example = None if hasattr(model, "config") else {"words": torch.arange(5)[None]}
+    adapter = inlay.attach(model, method, name=name, head=head, example=example)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in adapter.named_parameters():
@@ -39,7 +40,7 @@ def attach(model, method, name="default", seed=3, head="auto"):
 
 def vectors(adapter):
     """The virtual tokens [P, I] of an adapter."""
-    (piece,) = [p for p in adapter.pieces.values() if hasattr(p, "places") and p.stored()]
+    piece = next(p for p in adapter.pieces.values() if hasattr(p, "places"))
     return piece()
 
 
@@ -443,6 +444,36 @@ def test_a_model_of_ones_own():
     torch.testing.assert_close(model(words=words), expected)
     with pytest.raises(AdapterError, match="called without rows of token ids"):
         model(torch.randint(10, (5,)))
+
+
+def test_other_embeddings_of_the_vocabulary_see_padding():
+    """As in Gemma 4, which looks every token up once more for its layers."""
+
+    class Twice(Bag):
+        def __init__(self):
+            super().__init__()
+            self.second = torch.nn.Embedding(10, 4, padding_idx=3)
+
+        def forward(self, words):
+            return self.out(self.embed(words) * self.second(words).add(1)).cumsum(1)
+
+    model, words = Twice(), torch.randint(10, (3, 5))
+    base = copy.deepcopy(model)
+    adapter = attach(model, Prompt(length=2, after=0), head=None)
+    assert adapter.trained_parameters == adapter.stored_parameters == 8
+    first = torch.cat([vectors(adapter).expand(3, -1, -1), base.embed(words)], 1)
+    second = torch.cat([torch.zeros(3, 2, 4), base.second(words)], 1)
+    torch.testing.assert_close(model(words), base.out(first * second.add(1)).cumsum(1)[:, 2:])
+    adapter.detach()
+    assert type(model.second) is torch.nn.Embedding
+
+
+def test_rows_that_become_longer_than_the_model_has_positions():
+    model = tiny("gpt2")
+    attach(model, Prompt(length=LENGTH))
+    assert model(input_ids=torch.full((1, 60), 7)).logits.shape == (1, 60, 100)
+    with pytest.raises(AdapterError, match="longer than it has positions"):
+        model(input_ids=torch.full((1, 61), 7))
 
 
 def test_a_model_without_token_embedding_is_refused():

@@ -83,8 +83,7 @@ def structural(model: nn.Module, problem: str) -> Anatomy:
 
 
 def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str, Leaf]:
-    """The leaves with what the run showed of them. Silent ones show no graph, so they cannot be called dead."""
-    silent = {c.path for c in tree.record.silent}
+    """The leaves with what the run showed of them."""
     for path, leaf in leaves.items():
         call = tree.calls.get(path)
         if call is None:
@@ -95,6 +94,9 @@ def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str,
             sizes = leaf.in_features, call.y.shape[-1]
         elif leaf.kind != "conv":
             sizes = call.x.shape[-1], call.y.shape[-1]
+        if leaf.kind == "linear" and sizes != (leaf.in_features, leaf.out_features):
+            # Its weight is not the map from x to y that it looks like: several blocks side by side, mostly.
+            leaf = dataclasses.replace(leaf, kind="module")
         rows = _rows(call, tree.record.batch)
         leaves[path] = dataclasses.replace(
             leaf,
@@ -102,7 +104,8 @@ def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str,
             out_features=sizes[1],
             called=True,
             rows=rows,
-            dead=path not in reached and path not in silent,
+            dead=path not in reached,
+            bypassed=path in tree.record.bypassed,
         )
     return leaves
 
@@ -155,7 +158,9 @@ def _block(layer: Layer, tree: Tree, attentions: Attentions, leaves: dict[str, L
             norms = norm_before(record, call.x), norm_after(record, call)
             experts = any(leaves[c.path].experts for c in unit.calls) or _routed(unit)
             if not experts and judge.mixes(call):
-                mixers.append(Mixer(unit.path, *norms))
+                makers = [c for c in record.sources(call.y) if isinstance(c, LeafCall)]
+                last = makers[0].path if len(makers) == 1 and leaves[makers[0].path].kind == "linear" else None
+                mixers.append(Mixer(unit.path, last, *norms))
             else:
                 ffns.append((0, FeedForward(unit.path, None, unit.path, unit.path, True, *norms)))
     if not own and not mixers:
@@ -190,7 +195,7 @@ def _without_leaves(layer: Layer, tree: Tree, judge: _Judge) -> list[Mixer]:
         if any(t is not None and (t == path or inside(t, path)) for t in taken) or path in tree.calls:
             continue
         if judge.mixes(call):
-            return [Mixer(path, norm_before(tree.record, call.x), norm_after(tree.record, call))]
+            return [Mixer(path, None, norm_before(tree.record, call.x), norm_after(tree.record, call))]
     return []
 
 

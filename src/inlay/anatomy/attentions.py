@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -137,8 +138,16 @@ class Attentions:
             post_norm=norm_after(self.record, o) if o else None,
             form=form,
         )
+        if enter and o and path in self.tree.whole and not self._in_step(enter, o):
+            made = dataclasses.replace(made, enter=path, o_end=path)
         calls: list[Call] = [c for group in ports.values() for c in group]
         self.seen[path] = _Seen(made, layer, [*calls, o] if o else calls)
+
+    def _in_step(self, enter: LeafCall, o: LeafCall) -> bool:
+        """Whether the two ends of the span ran in turn; where they did not, only the module around them is a span."""
+        first, last = self.record.times[enter.path], self.record.times[o.path]
+        ran = sorted([(i, "first") for i in first] + [(i, "last") for i in last])
+        return [end for _, end in ran] == ["first", "last"] * len(first)
 
     def _columns(self, ports: dict[str, list[LeafCall]], parts: dict[str, Tensor]) -> dict[tuple[str, str], Columns]:
         """The features of fused projections: of those that feed several parts, or are wider than the part."""

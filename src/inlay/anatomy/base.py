@@ -134,9 +134,13 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
-    """A sub-layer that mixes tokens without queries and keys (state space, recurrence, Fourier), taken as a whole."""
+    """A sub-layer that mixes tokens without queries and keys (state space, recurrence, Fourier), taken as a whole.
+
+    `o` is the projection whose output it returns, if there is one.
+    """
 
     path: str
+    o: str | None = None
     pre_norm: str | None = None
     post_norm: str | None = None
 

@@ -6,13 +6,14 @@ calls that it was computed from. Walks also end where a block of the model gave 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from inlay.anatomy.base import Columns, Kind
 from inlay.anatomy.tree import inside
@@ -88,7 +89,7 @@ class Trace:
     stops: dict[Node, Call] = field(default_factory=dict)
     norms: dict[Node, LeafCall] = field(default_factory=dict)
     dropouts: dict[int, ModuleCall] = field(default_factory=dict)
-    times: Counter[str] = field(default_factory=Counter)
+    times: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     _walked: dict[tuple[Node, bool], tuple[Call, ...]] = field(default_factory=dict)
     _users: dict[int, list[Call]] | None = None
     _takers: dict[int, list[LeafCall]] | None = None
@@ -182,9 +183,11 @@ class Trace:
     def reaching(self) -> set[str]:
         """Paths of the leaves and attentions that the model's output depends on, as far as gradients tell.
 
-        A leaf that is not among them cannot be trained: what it computes only chooses (top-k), or is not used.
+        A leaf that is not among them cannot be trained: what it computes only chooses (top-k), or is not used. Silent
+        calls count where the model has a backward pass of its own, which may well run them again.
         """
         found: set[str] = set()
+        own_backward = False
         seen: set[Node] = set()
         uncut = {t.grad_fn: c.path for c in self.leaves if c.cut is None for t in (c.y, *c.results)}
         todo = [t.grad_fn for t in self.outputs]
@@ -193,6 +196,7 @@ class Trace:
             if node is None or node in seen:
                 continue
             seen.add(node)
+            own_backward = own_backward or isinstance(node, BackwardCFunction)
             if node in uncut:
                 found.add(uncut[node])
             call = self.stops.get(node)
@@ -204,7 +208,7 @@ class Trace:
                 todo += [t.grad_fn for t in (call.q, call.k, call.v, *call.others)]
             else:
                 todo += [following for following, _ in node.next_functions]
-        return found
+        return found | {c.path for c in self.silent} if own_backward else found
 
     def comes_from_within(self, call: Call, path: str) -> bool:
         """Whether all of a call's output was computed by leaves inside a module, with nothing passed around them."""

@@ -76,13 +76,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which of some tensors are computed with."""
+    """Notes which of some tensors are computed with, outside of the leaf `inside`."""
 
     ASKED = ("T", "mT", "data")
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
-        self.watched, self.seen = watched, set[str]()
+        self.watched, self.seen, self.inside = watched, set[str](), ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Looking at a shape, dtype or device is no use of the values.
@@ -90,14 +90,16 @@ class _Watch(TorchFunctionMode):
         if not looks:
             given = [*args, *(kwargs or {}).values()]
             for value in (*given, *(i for g in given if isinstance(g, tuple | list) for i in g)):
-                if id(value) in self.watched:
-                    self.seen.add(self.watched[id(value)])
+                path = self.watched.get(id(value))
+                if path is not None and path != self.inside:
+                    self.seen.add(path)
         return func(*args, **(kwargs or {}))
 
 
 def _read_directly(model: nn.Module, inputs: dict[str, Any], record: Trace) -> set[str]:
-    """Leaves that were not called although a weight of theirs was used: by the module around them."""
-    ran = {call.path for call in record.leaves}
+    """Leaves whose weights the module around them uses itself, mostly without calling them."""
+    unusual = {call.path for call in record.leaves if call.kind == "module"}
+    ran = {call.path for call in record.leaves} - unusual
     around = {call.path for call in record.modules}
     modules = dict(modules_of(model))
     used = {id(p) for path in ran for p in modules[path]._parameters.values()}
@@ -106,8 +108,18 @@ def _read_directly(model: nn.Module, inputs: dict[str, Any], record: Trace) -> s
     if not watched:
         return set()
     watch = _Watch(watched)
-    with as_it_was(model, list(modules.items())), torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
-        model(**inputs)
+
+    def entered(path: str) -> Callable[..., None]:
+        return lambda *_: setattr(watch, "inside", path)
+
+    handles = [modules[p].register_forward_pre_hook(entered(p)) for p in unusual]
+    handles += [modules[p].register_forward_hook(entered("")) for p in unusual]
+    try:
+        with as_it_was(model, list(modules.items())), torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return watch.seen
 
 
@@ -220,7 +232,7 @@ def _cut(record: Trace, call: LeafCall, y: Tensor) -> Tensor:
     call.y = call.cut.clone()
     record.stops[call.y.grad_fn] = call
     record.leaves.append(call)
-    record.times[call.path] += 1
+    record.times[call.path].append(call.order)
     return call.y
 
 
@@ -277,7 +289,7 @@ def _module_hook(record: Trace, count: Iterator[int], path: str, repeated: bool)
             return
         record.modules.append(call)
         if "Dropout" in type(module).__name__:
-            record.times[path] += 1
+            record.times[path].append(call.order)
             record.dropouts[id(x)] = call
         new = repeated and y.grad_fn is not None and y.grad_fn not in record.stops
         if new and not record.comes_from_within(call, path):

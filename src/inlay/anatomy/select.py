@@ -152,7 +152,9 @@ def _whole(of: Attention | Mixer) -> FeedForward:
 
 
 def _mixer_sites(anatomy: Anatomy, block: Block, mixer: Mixer, name: str, what: str) -> list[Site]:
-    return [] if what not in ("", "residual", "norm") else _span(anatomy, block, name, what, _whole(mixer))
+    if what in ("o", "down"):
+        return [] if mixer.o is None else [_leaf_site(anatomy, mixer.o, name, block)]
+    return _span(anatomy, block, name, what, _whole(mixer)) if what in ("", "residual", "norm") else []
 
 
 def _ffn_sites(anatomy: Anatomy, block: Block, f: FeedForward, what: str) -> list[Site]:

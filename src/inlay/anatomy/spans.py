@@ -75,7 +75,7 @@ def _gate(last: LeafCall, entering: list[LeafCall]) -> LeafCall | None:
 def after_dropout(record: Trace, leaf: LeafCall) -> str:
     """The dropout module that takes the leaf's output and nothing else in this run, or the leaf."""
     drop = record.dropouts.get(id(leaf.y))
-    if drop is None or record.times[drop.path] != record.times[leaf.path]:
+    if drop is None or len(record.times[drop.path]) != len(record.times[leaf.path]):
         return leaf.path
     return drop.path
 

@@ -57,6 +57,11 @@ class Served:
             start += size
 
     @property
+    def blank(self) -> bool:
+        """Whether padding stands at the virtual tokens: they are served by another embedding."""
+        return self.total == 0
+
+    @property
     def total(self) -> int:
         """N"""
         return sum(piece.length for pieces in self.tokens for piece in pieces)
@@ -80,6 +85,7 @@ class EmbeddingHost(LeafHost):
     """Serves `Delta`, `Replacement` and `VirtualTokens` pieces."""
 
     num_embeddings: int
+    padding_idx: int | None
 
     @classmethod
     def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Any:
@@ -98,7 +104,9 @@ class EmbeddingHost(LeafHost):
         if plan.absent:
             return self._embed(plan, input, args, kwargs)
         virtual = input >= self.num_embeddings
-        y = self._embed(plan, input.masked_fill(virtual, 0), args, kwargs)
+        y = self._embed(plan, input.masked_fill(virtual, self.padding_idx or 0), args, kwargs)
+        if plan.blank:
+            return y
         index = torch.where(virtual, plan.index(input - self.num_embeddings), 0)
         return torch.where(virtual.unsqueeze(-1), F.embedding(index, plan.vocabulary(y.dtype)), y)
 
@@ -132,7 +140,7 @@ class Serving:
 
 def serving(plans: Iterable[tuple[Any, Any]]) -> Serving | None:
     """The virtual tokens that are at work under these plans of a model's hosts, if any are."""
-    found = [(m, p) for m, p in plans if isinstance(m, EmbeddingHost) and isinstance(p, Served)]
+    found = [(m, p) for m, p in plans if isinstance(m, EmbeddingHost) and isinstance(p, Served) and not p.blank]
     if not found:
         return None
     module, plan = found[0]

@@ -35,6 +35,7 @@ class Act:
 
     def __call__(self, x: Tensor, y: Tensor, frozen: Tensor | None = None) -> Tensor:
         """y with Δ added, in the dtype of y; `frozen` is the module's own output where others were added before."""
+        x = _beside(x, y)
         seen = frozen if frozen is not None and self.delta.needs_frozen else y
         if self.columns is not None:
             out = add_columns(y, self.delta(x, take_columns(seen, self.columns)), self.columns)
@@ -307,6 +308,12 @@ def _serve(plan: Plan, rows: Rows | None) -> None:
     """Tells pieces that average over tokens whose tokens they are given."""
     if plan.padding is not None:
         plan.padding.rows = rows
+
+
+def _beside(x: Tensor, y: Tensor) -> Tensor:
+    """x with the leading dimensions of y, where a module flattens [B, T, I] to [B*T, O] on its way."""
+    flattened = x.ndim != y.ndim and x.is_floating_point() and x.shape[:-1].numel() == y.shape[:-1].numel()
+    return x.reshape(*y.shape[:-1], x.shape[-1]) if flattened else x
 
 
 def _fit(tensor: Tensor, entries: int) -> Tensor:

@@ -81,7 +81,14 @@ def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     def run(**given: Any) -> Any:
         state.padding.mask = given.get("attention_mask")
-        return frozen(**given)
+        try:
+            return frozen(**given)
+        except IndexError as error:
+            raise AdapterError(
+                f"{type(model).__name__} cannot index something by these rows ({error}): either virtual tokens make "
+                "them longer than it has positions, or it looks token ids up in more places than its embedding, and "
+                "then prompt methods cannot be used with it."
+            ) from error
 
     serving = state.serving
     if serving is None:

@@ -194,7 +194,7 @@ class Bottleneck(Method):
         fused = [s.leave for s in sites if s.fused]
         if fused:
             raise MethodError(f"Bottleneck takes spans or whole modules, not a part of the fused {fused[0]}.")
-        if self.train_norms:
+        if self.train_norms and anatomy.has("norm"):
             sites += [s for s in anatomy.select("norm") if s.tap == "output"]
         return sites
 

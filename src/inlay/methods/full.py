@@ -31,7 +31,8 @@ class Copy(Replacement):
         weight = next(self.module.parameters())
         if not isinstance(x, Tensor) or not x.is_floating_point():
             # An embedding gives the dtype that the rest of the model computes in.
-            return self.module(x, *args, **kwargs).to(self.frozen.dtype)  # type: ignore[no-any-return]
+            y = self.module(x, *args, **kwargs)
+            return y.to(self.frozen.dtype) if isinstance(y, Tensor) else y
         if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
             return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]
         cast = {name: p.to(x.dtype) for name, p in self.module.named_parameters()}

@@ -203,7 +203,7 @@ class PTuning(Method):
         return Lender()
 
     def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> VirtualTokens:
-        return build_once(shared, lambda: self._tokens(site))
+        return build_once(shared, site, lambda: self._tokens(site))
 
     def _tokens(self, site: Site) -> PTuningTokens:
         size, template = site.out_features, Template(self.template)

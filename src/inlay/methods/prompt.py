@@ -5,7 +5,7 @@ Legend: P virtual tokens, I features of an embedding, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +46,17 @@ class Borrowed(VirtualTokens):
         return lender()  # type: ignore[no-any-return]
 
 
+class Blank(Borrowed):
+    """Nothing: another embedding that reads the same ids sees padding where virtual tokens stand."""
+
+    def __init__(self) -> None:
+        VirtualTokens.__init__(self)
+        self.length, self.places = 0, ()
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError("padding stands here, and the host puts it in")
+
+
 class Lender(nn.Module):
     """Remembers the first piece of an adapter, for the others to borrow from."""
 
@@ -58,7 +69,8 @@ def embeddings(anatomy: Anatomy, method: str) -> list[Site]:
     """Where virtual tokens are served: the token embedding, in an encoder-decoder that of the encoder.
 
     A model with a task head that copies its input to the decoder (BART's and T5's classifiers) carries the virtual
-    tokens along, so there the decoder serves them too.
+    tokens along, so there the decoder serves them too. Further embeddings of the whole vocabulary, such as Gemma 4's
+    for each layer, read the same ids and get padding in their place.
 
     Raises:
         MethodError: the model has no token embedding that was seen to run.
@@ -69,7 +81,12 @@ def embeddings(anatomy: Anatomy, method: str) -> list[Site]:
             f"{method} needs the token embedding, and {anatomy.model} names none (get_input_embeddings). Attach to the "
             "text model itself."
         )
-    return sites if anatomy.encoder_decoder and anatomy.new_head else sites[:1]
+    if anatomy.encoder_decoder:
+        return sites if anatomy.new_head else sites[:1]
+    size = sites[0].in_features
+    leaves = anatomy.leaves.items()
+    others = [p for p, e in leaves if e.kind == "embedding" and e.called and e.in_features == size]
+    return sites[:1] + [s for p in others if p not in anatomy.embed for s in anatomy.select(p)]
 
 
 def edge_of(site: Site) -> int:
@@ -77,13 +94,15 @@ def edge_of(site: Site) -> int:
     return 0 if site.causal else 1
 
 
-def build_once(shared: nn.Module | None, make: Any) -> VirtualTokens:
-    """The piece for the first embedding, and one that borrows from it for each other."""
+def build_once(shared: nn.Module | None, site: Site, make: Callable[[], VirtualTokens]) -> VirtualTokens:
+    """The piece for the first embedding, and one that borrows from it for each other token embedding."""
     assert isinstance(shared, Lender)
+    if site.name != "embed":
+        return Blank()
     first = shared.__dict__["first"]
     if isinstance(first, VirtualTokens):
         return Borrowed(first)
-    made: VirtualTokens = make()
+    made = make()
     shared.__dict__["first"] = made
     return made
 
@@ -191,7 +210,7 @@ class Prompt(Method):
 
     def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> VirtualTokens:
         after = edge_of(site) if self.after is None else self.after
-        return build_once(shared, lambda: PromptTokens(self._start(site, frozen), after))
+        return build_once(shared, site, lambda: PromptTokens(self._start(site, frozen), after))
 
     def _start(self, site: Site, frozen: Frozen) -> Tensor:
         """The first value of P."""
