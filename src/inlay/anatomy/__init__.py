@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from inlay.anatomy.assemble import assemble, structural
@@ -39,8 +40,12 @@ def anatomy(model: nn.Module, example: Mapping[str, Any] | None = None) -> Anato
         record = trace(model, example)
     except Exception as error:
         found = structural(model, f"the model could not be run on a few tokens ({type(error).__name__}: {error})")
+        if example is not None:
+            # A mistaken example says nothing about the model, so it is not remembered.
+            return found
     else:
-        found = assemble(model, record)
+        with torch.random.fork_rng(devices=[]):
+            found = assemble(model, record)
     _known[model] = signature, found
     return found
 
