@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from inlay.anatomy.probe import modules_of
 from inlay.errors import AdapterError, InlayError, MergeError
 from inlay.fold import DenseLinear
+from inlay.folders import ASIDE, remove, write_folder
 from inlay.hosts.base import Host
 from inlay.merge import MergeReport, dtype_of, merge, unmerge
 from inlay.quant.bridge import is_quantized, weight_of
 from inlay.route import everyone
 from inlay.state import State, known_name, require
-from inlay.train.folders import ASIDE, remove, write_folder
 
 _ABSENT = object()
 

@@ -18,8 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inlay import folders
 from inlay.errors import CheckpointError
-from inlay.train import checkpoint, folders
+from inlay.train import checkpoint
 from inlay.train.checkpoint import RunState
 from train.engine import HeadAdapter, Net
 

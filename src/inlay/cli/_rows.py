@@ -45,7 +45,7 @@ def say(quiet: bool) -> Callable[[str], None] | None:
 def put(results: Iterable[dict[str, Any]], rows: Rows, output: str | None, *, as_json: bool) -> None:
     """Print one line for each result, or write JSON lines to a file that appears whole."""
     if output is not None:
-        from inlay.train.folders import replace_text
+        from inlay.folders import replace_text
 
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
         replace_text(Path(output), "".join(lines))

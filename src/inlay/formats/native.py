@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from inlay._version import __version__
 from inlay.build import HEAD
 from inlay.errors import FormatError, nearest
+from inlay.folders import write_folder
 from inlay.formats.fingerprint import differences, fingerprint
 from inlay.methods.base import from_spec
 from inlay.state import state_of
-from inlay.train.folders import write_folder
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter

@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from inlay.errors import FormatError
-from inlay.train.folders import write_folder
+from inlay.folders import write_folder
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter

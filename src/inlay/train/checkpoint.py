@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from inlay import folders
 from inlay.errors import CheckpointError, InlayError
-from inlay.train import folders
 
 FORMAT = 1
 

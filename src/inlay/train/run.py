@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from rich.padding import Padding
 
+from inlay import folders
 from inlay.config import RunConfig
 from inlay.config_loading import build_method, method_name
 from inlay.errors import TrainingError
-from inlay.train import checkpoint, folders, report, runfolder, trackers
+from inlay.train import checkpoint, report, runfolder, trackers
 from inlay.train.baseline import BASELINE_NAME, head_only
 from inlay.train.checkpoint import RunState
 from inlay.train.defaults import kind_of

@@ -24,11 +24,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inlay import folders
 from inlay._version import __version__
 from inlay.config import RunConfig
 from inlay.config_loading import dump, load
 from inlay.errors import CheckpointError, ConfigError
-from inlay.train import checkpoint, folders
+from inlay.train import checkpoint
 
 if TYPE_CHECKING:
     from inlay.data import Prepared

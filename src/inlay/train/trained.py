@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from inlay import folders
 from inlay.config import RunConfig
 from inlay.errors import CheckpointError, ConfigError, DataError
-from inlay.train import folders, models, runfolder
+from inlay.train import models, runfolder
 from inlay.train.defaults import kind_of
 from inlay.train.evaluate import Evaluator, decode
 from inlay.train.generate import Decoding, generate
