@@ -97,7 +97,8 @@ def test_bitsandbytes_8bit_before_and_after_its_first_forward() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchao() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     for config in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"):
         model = nn.Sequential(nn.Linear(IN, OUT, bias=False)).requires_grad_(False)
         dense = model[0].weight.clone()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.assemble import head_of
 from inlay.anatomy.probe import modules_of, static_leaves
+from inlay.quant.bridge import is_quantized
 
 TENSORS = 24
 VALUES = 8
@@ -37,6 +38,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         if path in leaves and path not in head
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta
+        # torchao's storage calls itself floating point, but it decodes to rounded values.
+        if not (name == "weight" and is_quantized(module))
     ]
     # Biases and norms are kept as they are in a quantised base, so they come first: every variant shares them.
     candidates.sort(key=lambda c: (c[1].ndim > 1, c[0]))
