@@ -57,7 +57,12 @@ def _put_in_place(aside: Path, target: Path) -> None:
     if target.exists():
         remove(former)
         os.rename(target, former)
-    os.rename(aside, target)
+    try:
+        os.rename(aside, target)
+    except OSError:
+        if former.is_dir() and not target.exists():
+            os.rename(former, target)
+        raise
     sync(target.parent)
     remove(former)
 
