@@ -1,0 +1,193 @@
+"""One run of a comparison: trained by `inlay.train`, measured, and kept as one JSON file once it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inlay.compare.costs import PeakMemory, inference
+from inlay.compare.plan import Cell, Plan
+from inlay.config import RunConfig
+from inlay.errors import ConfigError, MethodError, SiteError, TrainingError
+from inlay.folders import read_json, remove, replace_text
+from inlay.train import runfolder
+from inlay.train.checkpoint import Interrupted
+from inlay.train.metrics import MAIN
+from inlay.train.report import read_log
+
+_PLACE = ("output_dir", "resume")
+
+
+@dataclass
+class Record:
+    """Everything that one run came to. Times are in seconds, inference in milliseconds, memory in bytes.
+
+    `error` holds the reason where the method cannot be used on this model or its training failed; nothing else is
+    known then.
+    """
+
+    label: str
+    key: str
+    size: int | None
+    seed: int
+    config: dict[str, Any]
+    error: str = ""
+    task: str = ""
+    metric: str = ""
+    method: str = ""
+    source: str = ""
+    learning_rate: float = 0.0
+    batch: int = 0
+    rows: int = 0
+    held_out: int = 0
+    quality: dict[str, float] = field(default_factory=dict)
+    untouched: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    trained: int = 0
+    stored: int = 0
+    head: int = 0
+    base: int = 0
+    bytes: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    inference: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The task's main metric on the held-out rows after the last step."""
+        return self.quality[self.metric]
+
+    @property
+    def step(self) -> float:
+        """Median seconds of an optimizer step."""
+        return statistics.median(self.step_seconds) if self.step_seconds else self.seconds / max(self.steps, 1)
+
+
+def path_of(plan: Plan, cell: Cell) -> Path:
+    """Where a cell's record lies."""
+    return plan.output / "cells" / f"{cell.name}.json"
+
+
+def read(plan: Plan, cell: Cell, data: str | list[str]) -> Record | None:
+    """The record of a finished cell, or None.
+
+    Raises:
+        ConfigError: the folder holds this cell as run with other settings.
+    """
+    path = path_of(plan, cell)
+    if not path.exists():
+        return None
+    record = Record(**read_json(path))
+    record.curve, record.loss = ([(int(x), float(y)) for x, y in points] for points in (record.curve, record.loss))
+    wanted = comparable(plan.config(cell, data))
+    other = sorted(key for key in wanted.keys() | record.config.keys() if wanted.get(key) != record.config.get(key))
+    if other:
+        changes = ", ".join(f"{key} was {record.config.get(key)!r}, is {wanted.get(key)!r}" for key in other)
+        raise ConfigError(
+            f"output_dir: {plan.output} holds {cell.name} as run with other settings ({changes}). Name another folder, "
+            f"or delete {path} to run it anew"
+        )
+    return record
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """What decides a cell's result, as JSON gives it back."""
+    values: dict[str, Any] = json.loads(json.dumps(config.model_dump()))
+    return {key: value for key, value in values.items() if key not in _PLACE}
+
+
+def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
+    """Train and measure one cell, and write its record. An interrupted one goes on from its checkpoint.
+
+    A method that this model has no place for, and a run that fails, are a record too, with the reason.
+
+    Raises:
+        Interrupted: a signal came; the run's checkpoint is on disk.
+        DataError, ConfigError: see `inlay.train.run.train`.
+    """
+    folder = plan.output / "work" / cell.name
+    config = plan.config(cell, data)
+    record = Record(cell.variant.label, cell.variant.key, cell.size, cell.seed, comparable(config))
+    try:
+        _train_and_measure(record, config, folder, measure_inference=plan.times_inference(cell))
+    except (MethodError, SiteError, TrainingError) as error:
+        record = Record(cell.variant.label, cell.variant.key, cell.size, cell.seed, comparable(config), str(error))
+    except Interrupted as error:
+        what = str(error).partition(". Go on")[0]
+        raise Interrupted(f"{cell.name}: {what}. The same command goes on from there", error.exit_code - 128) from None
+    path = path_of(plan, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(asdict(record), indent=1))
+    remove(folder)
+    return record
+
+
+def _train_and_measure(record: Record, config: RunConfig, folder: Path, *, measure_inference: bool) -> None:
+    from inlay.describe import base_parameters
+    from inlay.train.run import train
+    from inlay.train.trained import open_trained
+
+    going_on = (folder / runfolder.MARK).exists()
+    if folder.exists() and not going_on:
+        shutil.rmtree(folder)
+    config = config.model_copy(update={"output_dir": str(folder), "resume": str(folder) if going_on else False})
+    with PeakMemory() as peak:
+        result = train(config, quiet=True)
+    record.peak_bytes = peak.bytes
+    resolved, facts = runfolder.read_config(folder), read_json(folder / "data.json")
+    record.task, record.metric = str(resolved.task), resolved.metric_for_best_model or MAIN[str(resolved.task)]
+    record.learning_rate, record.batch = resolved.learning_rate or 0.0, resolved.per_device_train_batch_size or 0
+    record.rows, record.held_out = facts["train"], sum(facts["held_out"].values())
+    if not result.state.last:
+        raise ConfigError("compare: nothing is held out to measure quality on; set eval_data or eval_fraction")
+    record.untouched = result.state.untouched
+    record.quality = next(values for name, values in result.results.items() if name not in ("untouched", "head only"))
+    if record.metric not in record.quality:
+        raise ConfigError(f"metric_for_best_model: {record.metric!r} is not measured; there are {list(record.quality)}")
+    record.trained, record.bytes = result.trained_parameters, result.adapter_bytes
+    state = result.state
+    record.steps, record.tokens, record.seconds = state.step, state.tokens, state.seconds
+    _curves(record, read_log(folder))
+    trained = open_trained(folder)
+    adapter = trained.adapter
+    record.method, record.source = repr(adapter.method), _source(adapter)
+    record.stored, record.head, record.base = (
+        adapter.stored_parameters, adapter.head_parameters, base_parameters(trained.model)
+    )  # fmt: skip
+    env = runfolder.environment()
+    record.environment = {key: env[key] for key in ("python", "torch", "inlay", "processor", "threads", "accelerators")}
+    record.environment |= {"device": str(trained.device), "precision": "bf16" if resolved.bf16 else "float32"}
+    if measure_inference:
+        record.inference = inference(trained)
+
+
+def _curves(record: Record, log: list[dict[str, Any]]) -> None:
+    """Loss and quality by step, and the seconds of single steps."""
+    before: Mapping[str, Any] = {"step": 0, "seconds": 0.0}
+    held_out = next((line["split"] for line in log if line["split"] != "train"), None)
+    for line in log:
+        if line["split"] == "train":
+            record.loss.append((line["step"], line["loss"]))
+            record.step_seconds.append((line["seconds"] - before["seconds"]) / max(line["step"] - before["step"], 1))
+            before = line
+        elif line["split"] == held_out and record.metric in line:
+            record.curve.append((line["step"], line[record.metric]))
+
+
+def _source(adapter: Any) -> str:
+    import re
+
+    import inlay
+
+    numbers = re.findall(r"eprint=\{([\d.]+)\}", inlay.citation(adapter))
+    return ", ".join(f"arXiv:{number}" for number in numbers)
