@@ -66,6 +66,24 @@ def test_a_closure_makes_the_gradients_first(keyword):
     assert (counter.before, counter.after) == (1, 1)
 
 
+def test_what_was_prepared_for_clipping_is_not_done_again():
+    counter = Counter()
+    optimizer = torch.optim.SGD(counter.parameters(), lr=1.0)
+    for step in range(1, 3):
+        optimizer.zero_grad()
+        backward(counter)
+        stepping.prepare(optimizer)
+        assert all(bool((w.grad == 2.0).all()) for w in counter.weights)
+        nn.utils.clip_grad_norm_(counter.parameters(), 1.0)
+        optimizer.step()
+        assert (counter.before, counter.after) == (step, step)
+    assert torch.allclose(torch.cat(list(counter.weights)).norm(), torch.tensor(2.0))
+    optimizer.zero_grad()
+    backward(counter)
+    optimizer.step()  # nothing was prepared, so the hook does it
+    assert counter.before == 3
+
+
 def test_a_fused_optimizer_divides_by_the_scale_itself():
     counter = Counter()
     optimizer = torch.optim.SGD(counter.parameters(), lr=1.0, fused=True)

@@ -48,6 +48,7 @@ class Stepped(abc.ABC):
 
 
 _watched: weakref.WeakSet[Stepped] = weakref.WeakSet()
+_prepared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _steps = 0
 _started = False
 
@@ -72,7 +73,21 @@ def count() -> int:
     return _steps
 
 
+def prepare(optimizer: Optimizer) -> None:
+    """Does now what is due before the next step of an optimizer, which then does not do it again.
+
+    For loops that clip: penalties are part of what is clipped. Call it when all gradients are there, unscaled.
+    """
+    live = list(_held(optimizer))
+    _prepare(optimizer, live)
+    if live:
+        _prepared.add(optimizer)
+
+
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if optimizer in _prepared:
+        _prepared.discard(optimizer)
+        return None
     live = list(_held(optimizer))
     if not live:
         return None

@@ -113,6 +113,12 @@ def test_packed_rows_hold_whole_examples() -> None:
         tokens = batch.inputs["input_ids"]
         for i in batch.indices:
             assert int((tokens == 3 + i).sum()) == int(batches.encoded.lengths[i])
+        assert [i for row in batch.rows for i in row] == batch.indices
+        for row, examples in zip(tokens, batch.rows, strict=True):
+            assert {int(t) - 3 for t in row if t >= 3} == set(examples)
+    batches.layout = "flat"
+    for batch in batches.epoch(0):
+        assert (len(batch.inputs["input_ids"]), batch.rows) == (1, [batch.indices])
 
 
 def test_a_state_belongs_to_its_batches() -> None:

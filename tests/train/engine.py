@@ -64,6 +64,10 @@ class Batch:
     indices: list[int]
     targets: int
 
+    @property
+    def rows(self) -> list[list[int]]:
+        return [[index] for index in self.indices]
+
 
 class Rows:
     """`count` rows of 3 to 9 tokens, shuffled anew each epoch; row i is the same in every batch it stands in."""

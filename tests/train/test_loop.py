@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from inlay import stepping
 from inlay.errors import TrainingError
 from inlay.train.checkpoint import newest
+from inlay.train.guards import non_finite_rows
 from train.engine import Batch, HeadAdapter, Rows, loop
 
 
@@ -72,6 +74,13 @@ def test_a_loss_that_is_not_a_number_stops_with_step_row_and_cause():
         run.fit()
     assert all(v.isfinite().all() for v in run.adapter.state_dict().values())
     assert not all(torch.equal(before[k], v) for k, v in run.adapter.state_dict().items())  # steps 1 and 2 were made
+
+
+def test_of_packed_rows_the_examples_of_the_bad_row_are_named():
+    fine, bad = torch.tensor([0.5, 0.7]), torch.tensor([0.1, math.nan, 0.2])
+    parts = [([[4, 9], [1]], fine), ([[3], [2, 8, 5], [0, 7]], bad)]
+    assert non_finite_rows(parts) == [2, 8, 5]
+    assert non_finite_rows(parts[:1]) == [4, 9, 1]
 
 
 def test_an_adapter_that_blew_up_is_named_as_the_cause():
@@ -135,6 +144,31 @@ def test_early_stopping_and_best_follow_the_metric(tmp_path):
 def test_a_metric_that_is_not_measured_is_an_error():
     with pytest.raises(TrainingError, match="metric_for_best_model: 'bleu' is not measured; there are loss"):
         loop(eval_steps=2, metric_for_best_model="bleu").fit()
+
+
+def test_a_penalty_is_part_of_what_is_clipped(tmp_path):
+    class Penalised(stepping.Stepped, torch.nn.Module):
+        def __init__(self, parameters):
+            super().__init__()
+            self.__dict__["own"] = parameters
+            stepping.watch(self)
+
+        def stepped_parameters(self):
+            return iter(self.own)
+
+        def before_step(self, grad_scale):
+            for parameter in self.own:
+                parameter.grad += 1000.0 * grad_scale
+
+    keys = {"optim": "sgd", "max_steps": 1, "weight_decay": 0.0, "adam_beta1": 0.0, "warmup_ratio": 0.0}
+    penalised = loop(tmp_path / "run", max_grad_norm=0.5, learning_rate=1.0, **keys)
+    keep = Penalised(penalised.parameters)
+    before = [p.detach().clone() for p in penalised.parameters]
+    penalised.fit()
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(penalised.parameters, before, strict=True)])
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-3)
+    assert records(tmp_path / "run")[0]["grad_norm"] > 1000
+    del keep
 
 
 def test_label_smoothing_raises_the_loss_of_a_sure_model(tmp_path):

@@ -35,6 +35,27 @@ def test_lora_plus_raises_the_rate_of_every_b_and_of_nothing_else():
         assert rates[id(parameter)] == pytest.approx(0.16 if name.endswith(".B") else 0.01), name
 
 
+def test_a_method_fixes_rates_of_its_own_and_the_runs_own_comes_first():
+    adapter = inlay.attach(tiny("bert", "cls"), inlay.DiffPruning(sites="attn.q", gate_lr=0.1))
+    groups = parameter_groups(adapter, config(learning_rate=1e-4, weight_decay=0.01))
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert groups[0]["lr"] == 1e-4
+    for name, parameter in adapter.named_parameters():
+        gate = name.rpartition(".")[2] in ("gate", "group")
+        assert rates[id(parameter)] == (0.1 if gate else 1e-4), name
+        assert decays[id(parameter)] == (0.01 if parameter.ndim > 1 and not gate else 0.0), name
+
+
+def test_adalora_is_kept_from_weight_decay_and_the_head_beside_it_is_not():
+    adapter = inlay.attach(tiny("bert", "cls"), inlay.AdaLoRA(total_steps=20))
+    groups = parameter_groups(adapter, config(weight_decay=0.01))
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    for name, parameter in adapter.named_parameters():
+        factor = name.rpartition(".")[2] in ("P", "Lambda", "Q")
+        assert decays[id(parameter)] == (0.01 if parameter.ndim > 1 and not factor else 0.0), name
+
+
 def test_lora_plus_without_a_b_is_an_error():
     adapter = inlay.attach(tiny("bert", "cls"), inlay.BitFit())
     with pytest.raises(MethodError, match=r"LoRA\+ raises the learning rate of B"):

@@ -37,11 +37,13 @@ class Batch:
         inputs: what `model(**inputs)` takes, labels included.
         indices: the examples in it, by number; for packed sequences one after another.
         targets: tokens that are learned; rows for classification, regression and spans.
+        rows: the examples in each row of the tensors; several where they are packed.
     """
 
     inputs: dict[str, Tensor]
     indices: list[int]
     targets: int
+    rows: list[list[int]]
 
 
 class Batches:
@@ -107,17 +109,19 @@ class Batches:
 
     def batch(self, epoch: int, index: int) -> Batch:
         """One batch."""
-        rows = self.plan(epoch)[index]
-        indices = [int(i) for row in rows for i in row]
+        rows = [[int(i) for i in row] for row in self.plan(epoch)[index]]
+        indices = [i for row in rows for i in row]
         if self.encoded.packing:
-            inputs = self._pack([[self.encoded[int(i)] for i in row] for row in rows])
+            inputs = self._pack([[self.encoded[i] for i in row] for row in rows])
+            rows = [indices] if self.layout == "flat" else rows
         else:
+            rows = [[i] for i in indices]
             limit = max(self.encoded.max_length, int(self.encoded.lengths[indices].max()))
             inputs = collate([self.encoded[i] for i in indices], self.task, self._pad, self._multiple, limit)
         targets = count_targets(inputs, self.task, len(indices))
         if self._device is not None:
             inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
-        return Batch(inputs, indices, targets)
+        return Batch(inputs, indices, targets, rows)
 
     def state(self, epoch: int, index: int) -> dict[str, Any]:
         """What a checkpoint needs to go on with batch `index` of an epoch, and to see that it is the same data."""

@@ -69,6 +69,10 @@ class AdaLoRADelta(Delta):
         if isinstance(budget, Budget):
             budget.begin(total_steps)
 
+    def undecayed(self) -> set[str]:
+        """All three: decay would shrink what the penalty keeps near orthogonal, and Λ, by which triplets compete."""
+        return {"P", "Lambda", "Q"}
+
     def stored(self) -> dict[str, Tensor]:
         used = self._used()
         P, Lambda, Q = self.P.detach(), self.Lambda.detach(), self.Q.detach()
@@ -109,7 +113,8 @@ class AdaLoRA(Method):
     would start above the initial budget; its code, and we, have t - ti.)
 
     It drives itself: hooks on the optimizer add the penalty's gradient before a step and allocate after it, once a step
-    whatever the loop. Weight decay on P, Λ and Q works against it: set it to zero.
+    whatever the loop. Weight decay on P, Λ and Q works against it: inlay's trainer leaves them out of it; elsewhere set
+    it to zero.
 
     Trained parameters: init_rank (I + O + 1) for each projection.
 

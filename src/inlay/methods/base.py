@@ -14,13 +14,13 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from inlay.anatomy.base import Anatomy, Site
+from inlay.anatomy.base import Anatomy, Columns, Site
 from inlay.errors import MergeError, MethodError
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class Piece(nn.Module):
     def learning_rates(self) -> dict[str, float]:
         """Learning rates that the method fixes whatever that of the run, by parameter name. Most fix none."""
         return {}
+
+    def undecayed(self) -> set[str]:
+        """Names of the parameters that weight decay would work against; by default those with a rate of their own."""
+        return set(self.learning_rates())
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that an adapter folder keeps; by default the state dict."""
@@ -95,6 +99,18 @@ class Delta(Piece, abc.ABC):
         del deltas, index
         return None
 
+    @classmethod
+    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+        """(module, x) -> its output with all Δ added, in one step of autograd, if the class has that.
+
+        Args:
+            deltas: pieces of this class that act on what leaves one module, and read what enters it.
+            columns: the ranges of features that each writes, or None for all.
+            base: the class of the frozen module.
+        """
+        del deltas, columns, base
+        return None
+
     def weight_delta(self) -> Tensor:
         """ΔW of shape (out, in) where Δ is linear in x.
 
@@ -132,6 +148,13 @@ class Delta(Piece, abc.ABC):
             moved = weight @ shift.to(weight)
             bias = moved if bias is None else bias + moved
         return weight + weight @ delta.to(weight), bias
+
+
+class Fused(Protocol):
+    """A frozen module and its pieces in one step; equal to the pieces added one by one."""
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor | None:
+        """The output for x, or None where it must be computed piece by piece."""
 
 
 class Rowwise(nn.Module, abc.ABC):

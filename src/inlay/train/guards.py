@@ -82,12 +82,16 @@ class Guards:
         return shown + (f"; and {len(indices) - MOST_ROWS} more" if len(indices) > MOST_ROWS else "")
 
 
-def non_finite_rows(parts: Sequence[tuple[Sequence[int], Tensor]]) -> list[int]:
-    """Row indices whose own loss is not finite, from (indices, losses of the rows); all rows where there is none."""
+def non_finite_rows(parts: Sequence[tuple[Sequence[Sequence[int]], Tensor]]) -> list[int]:
+    """The examples of the rows whose own loss is not finite; all examples where no single row's is at fault.
+
+    Args:
+        parts: for each batch the examples in each row (several where they are packed) and the losses of the rows.
+    """
     found = [
-        indices[row]
-        for indices, loss_B in parts
-        if len(indices) == len(loss_B)  # else rows are packed from several examples each
+        index
+        for rows, loss_B in parts
         for row in (~loss_B.isfinite()).nonzero().flatten().tolist()
+        for index in rows[row]
     ]
-    return found or [index for indices, _ in parts for index in indices]
+    return found or [index for rows, _ in parts for row in rows for index in row]

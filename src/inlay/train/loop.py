@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from inlay import stepping
 from inlay.config import RunConfig
 from inlay.errors import TrainingError
 from inlay.train import checkpoint
@@ -34,7 +35,8 @@ from inlay.train.trackers import Tracker
 
 
 class Batch(Protocol):
-    """One batch: tensors for the model (with labels), the rows it holds, and how many targets they have."""
+    """One batch: tensors for the model (with labels), the examples it holds, how many targets they have, and which of
+    them stand in each row."""
 
     @property
     def inputs(self) -> dict[str, Tensor]: ...
@@ -44,6 +46,9 @@ class Batch(Protocol):
 
     @property
     def targets(self) -> int: ...
+
+    @property
+    def rows(self) -> list[list[int]]: ...
 
 
 class Batches(Protocol):
@@ -169,7 +174,7 @@ class Loop:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine: list[Batch | None] = list(group[rank::world])
         mine += [None] * (-(-len(group) // world) - len(mine))
-        parts: list[tuple[Sequence[int], Tensor]] = []
+        parts: list[tuple[Sequence[Sequence[int]], Tensor]] = []
         total = torch.zeros((), device=self.accelerator.device)
         for index, own in enumerate(mine):
             with self._last_one_syncs(index == len(mine) - 1):
@@ -181,12 +186,14 @@ class Loop:
                 scaled = loss.total * (world / targets if own is not None else 0.0)
                 (self.scaler.scale(scaled) if self.scaler else scaled).backward()
                 if own is not None:
-                    parts.append((own.indices, loss.per_row_B))
+                    parts.append((own.rows, loss.per_row_B))
                     total = total + loss.total.detach()
                 del output, loss, scaled
         total = self.accelerator.reduce(total, "sum")
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
+        if self.scaler is None or self._no_overflow():
+            stepping.prepare(self.optimizer)  # penalties are part of the gradient that is clipped
         norm = self._clip()
         mean, norm_value = torch.stack([total / targets, norm.to(total.device)]).tolist()
         if self.scaler is None or not math.isfinite(mean):  # a scaler skips a step whose gradient overflows
@@ -201,10 +208,17 @@ class Loop:
             return nullcontext()
         return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
 
+    def _no_overflow(self) -> bool:
+        """Whether all gradients are finite: a scaler skips the step otherwise, and a skipped step counts nowhere."""
+        return bool(torch.nn.utils.get_total_norm(self._gradients()).isfinite())
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def _clip(self) -> Tensor:
         """Scale the gradients down to `max_grad_norm`; returns their norm before that."""
         if self.config.max_grad_norm == 0:
-            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            return torch.nn.utils.get_total_norm(self._gradients())
         return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
     def _update(self) -> None:

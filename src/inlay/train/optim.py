@@ -1,4 +1,4 @@
-"""Optimizers by name, and parameter groups (decay, LoRA+)."""
+"""Optimizers by name, and parameter groups (decay, rates that methods fix, LoRA+)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,45 @@ from inlay.config import RunConfig
 
 
 def parameter_groups(adapter: Any, config: RunConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer: matrices decay, vectors do not; LoRA+ gives every B its own learning rate.
+    """Groups for the optimizer, those at the run's own learning rate first, since that is the rate that is logged.
+
+    Matrices decay, vectors and what a method keeps from it (`Piece.undecayed`) do not. A method may fix the rate of
+    some of its parameters (`Piece.learning_rates`), and LoRA+ gives every B its own.
 
     Raises:
         MethodError: `loraplus_lr_ratio` without any LoRA matrix B.
     """
     rate = config.learning_rate
     assert rate is not None, "the configuration was not resolved"
-    rates = _rates(adapter, rate, config.loraplus_lr_ratio)
+    rates, spared = _rates(adapter, rate, config.loraplus_lr_ratio), _spared(adapter)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in adapter.parameters():
-        decays = parameter.ndim >= 2
+        decays = parameter.ndim >= 2 and id(parameter) not in spared
         own = rates.get(id(parameter), rate)
         decay = (config.weight_decay or 0.0) if decays else 0.0
         group = groups.setdefault((decays, own), {"params": [], "lr": own, "weight_decay": decay})
         group["params"].append(parameter)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: group["lr"] != rate)
 
 
 def _rates(adapter: Any, rate: float, ratio: float | None) -> dict[int, float]:
-    if ratio is None:
-        return {}
-    from inlay.methods.lora import param_groups
+    rates = {
+        id(piece.get_parameter(name)): fixed
+        for piece in getattr(adapter, "pieces", {}).values()
+        for name, fixed in piece.learning_rates().items()
+    }
+    if ratio is not None:
+        from inlay.methods.lora import param_groups
 
-    return {id(p): group["lr"] for group in param_groups(adapter, rate, ratio) for p in group["params"]}
+        for group in param_groups(adapter, rate, ratio):
+            rates |= {id(p): group["lr"] for p in group["params"] if group["lr"] != rate}
+    return rates
+
+
+def _spared(adapter: Any) -> set[int]:
+    """The parameters that a method keeps from weight decay."""
+    pieces = getattr(adapter, "pieces", {}).values()
+    return {id(piece.get_parameter(name)) for piece in pieces for name in piece.undecayed()}
 
 
 def build_optimizer(adapter: Any, config: RunConfig) -> torch.optim.Optimizer:
