@@ -263,10 +263,12 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
             out = step(x, y)
             y = out if out.dtype == y.dtype else out.to(y.dtype)
         return y if more is None else (y, *more)
-    sources = {id(a): a.span.take() for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
+    # An adapter may serve several groups, beside others in each; its span is taken once for all of them.
+    spans = {a.span for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
+    sources = {span: span.take() for span in spans}
 
     def source(act: Act, rows: Rows, own: Tensor) -> Tensor:
-        return rows.take(sources[id(act)]) if id(act) in sources else own
+        return own if act.span is None else rows.take(sources[act.span])
 
     xs = [g.rows.take(x) for g in plan.groups]
     for i, group in enumerate(plan.groups):
@@ -322,8 +324,11 @@ def _fit(tensor: Tensor, entries: int) -> Tensor:
 
 
 def _rows_of(argument: Any, rows: Rows, entries: int) -> Any:
-    """The part of a further argument that belongs to these rows, if it has one entry for each entry of x."""
-    fits = isinstance(argument, Tensor) and argument.ndim > 0 and argument.shape[0] == entries
+    """The part of a further argument that belongs to these rows, if it has one entry for each entry of x.
+
+    What has one dimension holds positions, which all rows share; there may be as many of them as rows by chance.
+    """
+    fits = isinstance(argument, Tensor) and argument.ndim > 1 and argument.shape[0] == entries
     return rows.take(argument) if fits else argument
 
 
