@@ -45,7 +45,7 @@ class State:
         if self.merged:
             first = tuple(self.merged)
             groups = tuple(Group(first + tuple(n for n in g.names if n not in first), g.rows) for g in groups)
-        plans = [(module, type(module).host.make_plan(module._inlay, groups)) for module in self._hosted()]
+        plans = [(module, type(module).make_plan(module._inlay, groups)) for module in self._hosted()]
         for module, plan in plans:
             module._inlay.plan = plan
         self.serving = serving(plans)

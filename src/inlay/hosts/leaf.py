@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.anatomy.base import Columns
 from inlay.errors import AdapterError
 from inlay.hosts.base import Host, Hosted, Placed, Span, padding_of
-from inlay.methods.base import Delta, Replacement, Rowwise
+from inlay.methods.base import Delta, Fused, Replacement, Rowwise
 from inlay.padding import Padding
 from inlay.route import Group, Rows, join
 
@@ -73,6 +73,7 @@ class Plan:
     total: int = 0
     padding: Padding | None = None
     together: tuple[Together, ...] = ()
+    fused: Fused | None = None
 
 
 @dataclass(eq=False)
@@ -123,13 +124,18 @@ class LeafHost(Host):
         if len(groups) > 1:
             _refuse_routed(state, active)
         together = () if whole or opens else _together(state, groups)
-        return Plan(opens, acts, groups, whole, groups[0].rows.total, padding_of(state), together)
+        fused = _fused(acts[0], cls.base) if whole and not opens else None
+        return Plan(opens, acts, groups, whole, groups[0].rows.total, padding_of(state), together, fused)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""
         plan = self._inlay.plan
         if plan is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if plan.fused is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            y = plan.fused(self, args[0])
+            if y is not None:
+                return y
         return _run(plan, super().forward, args, kwargs)  # type: ignore[misc]
 
 
@@ -200,6 +206,15 @@ def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
             return ()
         made.append(Together(rows, columns))
     return tuple(made)
+
+
+def _fused(acts: Acts, base: type[nn.Module]) -> Fused | None:
+    """The module and its pieces in one step, where all of them only add to what leaves it and are of one class."""
+    deltas = [act.delta for act in acts.leaving]
+    alone = not (acts.entering or acts.replacement or acts.through or any(act.span for act in acts.leaving))
+    if not alone or len({type(d) for d in deltas}) != 1:
+        return None
+    return deltas[0].fused(deltas, [act.columns for act in acts.leaving], base)
 
 
 def _act(placed: Placed) -> Act:

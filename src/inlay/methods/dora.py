@@ -5,6 +5,7 @@ Legend: B batch, T tokens, I / O features entering / leaving a site, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.base import Columns, Site
 from inlay.memo import Memo, versions
-from inlay.methods.base import Delta, Frozen
+from inlay.methods.base import Delta, Frozen, Fused
 from inlay.methods.lora import Init, LowRank, embedding_factors, factors
 
 # Rows of W are read in fp32 this many values at a time, so that a bf16 or quantised W is never held whole in fp32.
@@ -62,6 +63,16 @@ class DoRADelta(Delta):
             x = F.dropout(x, self.dropout)
         return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(y.dtype))
 
+    @classmethod
+    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+        from inlay.kernels.dora import DoRALinear
+
+        (first, *others), (ranges, *_) = deltas, columns
+        # Each of several is relative to what the frozen module alone gives.
+        if isinstance(first, DoRADelta) and not others and ranges is None:
+            return DoRALinear.make(first, base)
+        return None
+
     def norm(self) -> Tensor:
         """n of shape (O,), fp32, without gradient."""
         return self._norm.get(lambda: (*self.frozen.version, *versions(self.A, self.B)), self._norm_O)
@@ -71,7 +82,7 @@ class DoRADelta(Delta):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             weight_OI = self._weight()
             A_RI, B_OR = self.A.detach().float(), self.B.detach().float()
-            cross_O = (torch.cat([w.float() @ A_RI.mT for w in chunks(weight_OI)]) * B_OR).sum(-1)
+            cross_O = (_product(weight_OI, A_RI) * B_OR).sum(-1)
             gram_O = (B_OR @ (A_RI @ A_RI.mT) * B_OR).sum(-1)
             return root(self._base_O(weight_OI) + 2 * self.scale * cross_O + self.scale**2 * gram_O)
 
@@ -133,6 +144,13 @@ def rows(tensor: Tensor, columns: Columns | None) -> Tensor:
 def chunks(weight_OI: Tensor) -> list[Tensor]:
     """The weight, some rows at a time."""
     return list(torch.split(weight_OI, max(1, CHUNK // weight_OI.shape[1])))
+
+
+def _product(weight_OI: Tensor, A_RI: Tensor) -> Tensor:
+    """W Aᵀ, fp32. A bf16 weight is read as it is: x Aᵀ is computed with the same rounded A."""
+    if weight_OI.dtype in (torch.float32, torch.bfloat16):
+        return (weight_OI @ A_RI.mT.to(weight_OI.dtype)).float()
+    return torch.cat([w.float() @ A_RI.mT for w in chunks(weight_OI)])
 
 
 def squares(weight_OI: Tensor) -> Tensor:

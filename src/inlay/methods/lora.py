@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from inlay.anatomy.base import Anatomy, Site
+from inlay.anatomy.base import Anatomy, Columns, Site
 from inlay.anatomy.roles import roles
 from inlay.errors import MethodError
-from inlay.methods.base import Delta, Frozen, Method, Rowwise
+from inlay.methods.base import Delta, Frozen, Fused, Method, Rowwise
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -59,6 +59,13 @@ class LoRADelta(Delta):
 
         mine = [d for d in deltas if isinstance(d, LoRADelta)]
         return LoRARows(mine, index) if len(mine) == len(deltas) else None
+
+    @classmethod
+    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+        from inlay.kernels.lora import LoRALinear
+
+        mine = [d for d in deltas if isinstance(d, LoRADelta)]
+        return LoRALinear.make(mine, columns, base) if len(mine) == len(deltas) else None
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.B @ self.A)

@@ -1,0 +1,144 @@
+"""A frozen projection under DoRA as one step of autograd.
+
+    z = x Wᵀ + s (x̂ Aᵀ) Bᵀ + b        y = z + (m / n - 1) (z - b)
+
+    dz = (m / n) dy        dm = Σ dy (z - b) / n        dx, dA, dB from dz as in `lora`
+
+n is a constant of the backward pass. Kept are x, the rank-R product, z and a seed for the dropout mask.
+
+Shapes: M rows (all leading dimensions), I / O features entering / leaving, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from inlay.kernels import dropout
+from inlay.kernels.frozen import Saved, Storage, storage_of
+from inlay.kernels.lora import Term, add_product, cast_once, dtype_of, factor_grads, lower, usable, without_autocast
+from inlay.kernels.scratch import scratch
+from inlay.memo import versions
+
+if TYPE_CHECKING:
+    from inlay.methods.dora import DoRADelta
+
+
+class DoRALinear:
+    """What a hosted projection gives for x with one DoRA piece, or None: see `LoRALinear`."""
+
+    def __init__(self, delta: DoRADelta, storage: Storage) -> None:
+        self.delta, self.storage = delta, storage
+        self._kept: tuple[object, tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
+
+    @classmethod
+    def make(cls, delta: DoRADelta, base: type[nn.Module]) -> DoRALinear | None:
+        """For leaves of this class, or None."""
+        storage = storage_of(base)
+        return None if storage is None else cls(delta, storage)
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor | None:
+        """y of shape (..., O) for x of shape (..., I), or None."""
+        if not usable(x):
+            return None
+        if not torch.is_grad_enabled():
+            return self._without_grad(module, x)
+        delta, dtype = self.delta, dtype_of(module, x, self.storage)
+        found = None if dtype is None else self.storage.read(module)
+        bias_O = module.bias
+        if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
+            return None
+        shared = x if x.dtype == dtype else cast_once(x, dtype)
+        mask = None
+        if delta.dropout and delta.training:
+            if not dropout.supports(shared):
+                return None
+            mask = dropout.draw(delta.dropout)
+        term = Term(None, delta.scale, mask)
+        y: Tensor = _DoRALinear.apply(  # type: ignore[no-untyped-call]
+            x, shared, bias_O, self.storage, found, term, delta.norm(), delta.A, delta.B, delta.m
+        )
+        return y
+
+    def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
+        y: Tensor = type(module).base.forward(module, x)
+        if type(y) is not Tensor:
+            return None
+        y, delta = y.contiguous(), self.delta
+        A_RI, B_RO, gain_O, shift_O = self._values(y.dtype)
+        x_MI, y_MO = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
+        if delta.dropout and delta.training:
+            x_MI = F.dropout(x_MI, delta.dropout)
+        add_product(y_MO, F.linear(x_MI, A_RI), B_RO, delta.scale, None)
+        y_MO.addcmul_(y_MO, gain_O)
+        if shift_O is not None:
+            y_MO.sub_(shift_O)
+        return y
+
+    def _values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A, Bᵀ, m / n - 1 and (m / n - 1) b in this dtype, kept until something that they are made of changes."""
+        delta = self.delta
+        bias_O = delta.frozen.bias
+        key = dtype, delta.frozen.version, versions(delta.A, delta.B, delta.m, *([] if bias_O is None else [bias_O]))
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                gain_O = delta.m.detach() / delta.norm() - 1
+                shift_O = None if bias_O is None else (gain_O * bias_O.detach()).to(dtype)
+                factors = delta.A.detach().to(dtype), delta.B.detach().to(dtype).t()
+                self._kept = key, (*factors, gain_O.to(dtype), shift_O)
+        return self._kept[1]
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.delta, self.storage)
+
+
+class _DoRALinear(torch.autograd.Function):
+    """x is the differentiable input, `shared` the same values in the dtype of the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shared: Tensor,
+        bias_O: Tensor | None,
+        storage: Storage,
+        found: tuple[Saved, Any],
+        term: Term,
+        norm_O: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        m_O: Tensor,
+    ) -> Tensor:
+        saved, layout = found
+        with without_autocast(x.device.type):
+            x_MI = shared.reshape(-1, shared.shape[-1])
+            z_MO = storage.forward(x_MI, saved, layout, bias_O)
+            s_MR = lower(x_MI, A_RI, term.mask)
+            add_product(z_MO, s_MR, B_OR.to(x_MI.dtype).t(), term.scale, None)
+            gain_O = m_O / norm_O - 1
+            y_MO = torch.addcmul(z_MO, z_MO, gain_O.to(z_MO.dtype))
+            if bias_O is not None:
+                y_MO.sub_((gain_O * bias_O).to(y_MO.dtype))
+        ctx.save_for_backward(shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved)
+        ctx.storage, ctx.layout, ctx.term, ctx.dtype = storage, layout, term, x.dtype
+        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved = ctx.saved_tensors
+        with without_autocast(dy.device.type):
+            x_MI, dy_MO = shared.reshape(-1, shared.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            product_MO = scratch(z_MO.numel(), z_MO.dtype, z_MO.device).view(z_MO.shape)
+            dm_O = torch.mul(dy_MO, z_MO, out=product_MO).sum(0, dtype=m_O.dtype)
+            if bias_O is not None:
+                dm_O -= bias_O * dy_MO.sum(0, dtype=m_O.dtype)
+            dz_MO = torch.addcmul(dy_MO, dy_MO, (m_O / norm_O - 1).to(dy_MO.dtype))
+            dx_MI = ctx.storage.input_grad(dz_MO, tuple(saved), ctx.layout) if ctx.needs_input_grad[0] else None
+            dA_RI, dB_OR = factor_grads(dz_MO, x_MI, s_MR, A_RI, B_OR, ctx.term, dx_MI)
+            dx = None if dx_MI is None else dx_MI.view(shared.shape).to(ctx.dtype)
+        return dx, None, None, None, None, None, None, dA_RI, dB_OR, dm_O / norm_O

@@ -1,0 +1,89 @@
+"""Dense matrix products of training, through whichever library multiplies faster on this machine.
+
+On AMD processors torch hands fp32 products to MKL, which reaches half the rate of oneDNN there; the same numbers come
+out to the last digits. Which of the two is used is decided once per process and size class, by timing both on a small
+product: the difference is a factor of two or none, so the decision does not change from run to run. All other dtypes
+and devices have one library.
+
+Shapes: M rows, I features entering, O features leaving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.kernels import compiled
+
+GAIN = 1.4
+"""oneDNN must be this much faster: between what is measured where both are alike and where they differ (2.2)."""
+
+SMALL = 32
+"""Rows below which a product waits for the weight and not for arithmetic: a size class of its own."""
+
+
+def linear(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """y_MO = x Wᵀ + b; not differentiable."""
+    if _through_onednn(x_MI, weight_OI):
+        y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI.contiguous(), weight_OI, bias_O, "none", [], "")
+        return y_MO
+    return F.linear(x_MI, weight_OI, bias_O)
+
+
+def input_grad(dy_MO: Tensor, weight_OI: Tensor) -> Tensor:
+    """dx_MI = dy W; not differentiable."""
+    if _through_onednn(dy_MO, weight_OI):
+        dx_MI: Tensor = torch.ops.mkldnn._linear_pointwise(dy_MO.contiguous(), weight_OI.t(), None, "none", [], "")
+        return dx_MI
+    return dy_MO @ weight_OI
+
+
+def _through_onednn(x_MI: Tensor, weight: Tensor) -> bool:
+    return (
+        x_MI.dtype == torch.float32
+        and x_MI.device.type == "cpu"
+        and x_MI.numel() > 0
+        and weight.numel() > 0
+        and onednn_is_faster(x_MI.shape[0] < SMALL)
+    )
+
+
+@cache
+def onednn_is_faster(small: bool) -> bool:
+    """Whether fp32 products go to oneDNN by its private operator: it is there, agrees, and is faster by `GAIN`."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if operator is None or not torch.backends.mkldnn.is_available() or not compiled.enabled():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x_MI = torch.randn(8 if small else 192, 1024, generator=generator)
+    weight_OI = torch.randn(1024, 1024, generator=generator)
+    try:
+        with torch.no_grad():
+            plain, other = F.linear(x_MI, weight_OI), operator(x_MI, weight_OI, None, "none", [], "")
+            if not torch.allclose(plain, other, rtol=1e-5, atol=1e-4):
+                return False
+            mkl, onednn = _seconds(
+                lambda: F.linear(x_MI, weight_OI), lambda: operator(x_MI, weight_OI, None, "none", [], "")
+            )
+    except (RuntimeError, TypeError) as error:  # a private operator may change or go
+        compiled.log.info("no fp32 products through oneDNN: %s", error)
+        return False
+    compiled.log.info("fp32 products: MKL %.2f ms, oneDNN %.2f ms", mkl * 1e3, onednn * 1e3)
+    return mkl > GAIN * onednn
+
+
+def _seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """The shortest time of each, called in turn so that a disturbance meets all."""
+    best = [float("inf")] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best

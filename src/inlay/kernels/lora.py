@@ -1,0 +1,240 @@
+"""A frozen projection with low-rank pieces as one step of autograd.
+
+    y = x Wᵀ + b + Σ s (x̂ Aᵀ) Bᵀ          x̂ = dropout(x)
+    dx = dy W + Σ dropout'(s (dy B) A)      dB = s dyᵀ (x̂ Aᵀ)      dA = s (dy B)ᵀ x̂
+
+Every product goes through the rank. Kept for the backward pass are x, which the projections that read it share, the
+rank-R product x̂ Aᵀ, and a seed for the dropout mask; sums go into the result of the large product. Nothing is kept of
+the frozen weight but itself, and dx is computed only where it is asked for.
+
+Shapes: M rows (all leading dimensions), I / O features entering / leaving, R rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from inlay.anatomy.base import Columns
+from inlay.kernels import dropout
+from inlay.kernels.frozen import Saved, Storage, storage_of
+from inlay.memo import versions
+
+if TYPE_CHECKING:
+    from inlay.methods.lora import LoRADelta
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Term(NamedTuple):
+    """What one low-rank piece is besides A and B: where it writes, its scale, and its mask of this call."""
+
+    columns: Columns | None
+    scale: float
+    mask: dropout.Mask | None
+
+
+class LoRALinear:
+    """What a hosted projection gives for x, with the low-rank pieces that act on what leaves it.
+
+    Made once for a route. It answers None where the plain form must do: for what is compiled or transformed, for
+    tensors of a class of their own, for a weight that is trained itself, and for dropout on devices without the kernel.
+    """
+
+    def __init__(self, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], storage: Storage) -> None:
+        self.deltas, self.columns, self.storage = tuple(deltas), tuple(columns), storage
+        self._kept: tuple[object, tuple[tuple[Tensor, Tensor], ...]] | None = None
+
+    @classmethod
+    def make(
+        cls, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], base: type[nn.Module]
+    ) -> LoRALinear | None:
+        """For leaves of this class, or None."""
+        storage = storage_of(base)
+        return None if storage is None else cls(deltas, columns, storage)
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor | None:
+        """y of shape (..., O) for x of shape (..., I), or None."""
+        if torch.compiler.is_compiling() or not usable(x):
+            return None
+        if not torch.is_grad_enabled():
+            return self._without_grad(module, x)
+        return self._with_grad(module, x)
+
+    def _with_grad(self, module: Any, x: Tensor) -> Tensor | None:
+        dtype = dtype_of(module, x, self.storage)
+        found = None if dtype is None else self.storage.read(module)
+        bias_O = module.bias
+        if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
+            return None
+        drops = any(d.dropout and d.training for d in self.deltas)
+        shared = x if x.dtype == dtype else cast_once(x, dtype)
+        if drops and not dropout.supports(shared):
+            return None
+        terms = tuple(
+            Term(c, d.scale, dropout.draw(d.dropout) if d.dropout and d.training else None)
+            for d, c in zip(self.deltas, self.columns, strict=True)
+        )
+        factors = [p for d in self.deltas for p in (d.A, d.B)]
+        y: Tensor = _LoRALinear.apply(x, shared, bias_O, self.storage, found, terms, *factors)  # type: ignore[no-untyped-call]
+        return y
+
+    def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
+        """The frozen module's own output, bit for bit, and the pieces added to it in place."""
+        y: Tensor = type(module).base.forward(module, x)
+        if type(y) is not Tensor:
+            return None
+        y = y.contiguous()
+        x_MI, y_MO = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
+        for (A_RI, B_RO), delta, columns in zip(self._factors(y.dtype), self.deltas, self.columns, strict=True):
+            seen_MI = F.dropout(x_MI, delta.dropout) if delta.dropout and delta.training else x_MI
+            add_product(y_MO, F.linear(seen_MI, A_RI), B_RO, delta.scale, columns)
+        return y
+
+    def _factors(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
+        """A and Bᵀ of all pieces; in another dtype than theirs they are kept until a piece changes."""
+        if dtype == torch.float32:
+            return tuple((d.A, d.B.t()) for d in self.deltas)
+        key = dtype, *(versions(d.A, d.B) for d in self.deltas)
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False):
+                self._kept = key, tuple((d.A.detach().to(dtype), d.B.detach().to(dtype).t()) for d in self.deltas)
+        return self._kept[1]
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.deltas, self.columns, self.storage)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor outside of functorch's transforms."""
+    return type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch._C._are_functorch_transforms_active()
+
+
+def dtype_of(module: Any, x: Tensor, storage: Storage) -> torch.dtype | None:
+    """What the projection computes in: the dtype of x, or autocast's; None where the plain form has its own way."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else x.dtype
+    fits = casts or storage.packed or module.weight.dtype == dtype
+    return dtype if fits and dtype in _FLOATS and getattr(module, "compute_dtype", None) in (None, dtype) else None
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The operands have the dtype they shall have. Entering a context costs more than asking."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class _Last(threading.local):
+    source: weakref.ref[Tensor] | None = None
+    copy: weakref.ref[Tensor] | None = None
+    version = -1
+
+
+_last = _Last()
+
+
+def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, detached; projections that read the same x one after another get the same copy."""
+    kept = _last.copy() if _last.copy is not None else None
+    same = _last.source is not None and _last.source() is x and _last.version == x._version
+    if same and kept is not None and kept.dtype == dtype:
+        return kept
+    made = x.detach().to(dtype)
+    _last.source, _last.copy, _last.version = weakref.ref(x), weakref.ref(made), x._version
+    return made
+
+
+def add_product(y_MO: Tensor, s_MR: Tensor, B_RO: Tensor, scale: float, columns: Columns | None) -> None:
+    """y += scale s Bᵀ in place, for the features in these ranges."""
+    if columns is None:
+        y_MO.addmm_(s_MR, B_RO, alpha=scale)
+        return
+    at = 0
+    for lo, hi in columns:
+        y_MO[:, lo:hi].addmm_(s_MR, B_RO[:, at : at + hi - lo], alpha=scale)
+        at += hi - lo
+
+
+def part(y_MO: Tensor, columns: Columns | None) -> Tensor:
+    """The features in these ranges."""
+    if columns is None:
+        return y_MO
+    parts = [y_MO[:, lo:hi] for lo, hi in columns]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def lower(x_MI: Tensor, A_RI: Tensor, mask: dropout.Mask | None) -> Tensor:
+    """s = x̂ Aᵀ."""
+    return (x_MI if mask is None else dropout.apply(x_MI.contiguous(), mask)) @ A_RI.to(x_MI.dtype).t()
+
+
+def factor_grads(
+    dy_MO: Tensor, x_MI: Tensor, s_MR: Tensor, A_RI: Tensor, B_OR: Tensor, term: Term, dx_MI: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dA and dB of one piece, in the dtype of A and B; what it gives to dx is added in place."""
+    dy_MO = part(dy_MO, term.columns)
+    # (sᵀ dy)ᵀ and not dyᵀ s: the short side first is a third faster.
+    dB_OR = (s_MR.t() @ dy_MO).to(B_OR.dtype).mul_(term.scale).t()
+    ds_MR = (dy_MO @ B_OR.to(dy_MO.dtype)).mul_(term.scale)
+    dropped = x_MI if term.mask is None else dropout.apply(x_MI.contiguous(), term.mask)
+    dA_RI = (ds_MR.t() @ dropped).to(A_RI.dtype)
+    if dx_MI is not None:
+        if term.mask is None:
+            dx_MI.addmm_(ds_MR, A_RI.to(dx_MI.dtype))
+        else:
+            dropout.apply(torch.mm(ds_MR, A_RI.to(dx_MI.dtype)), term.mask, out=dx_MI)
+    return dA_RI, dB_OR
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x is the differentiable input, `shared` the same values in the dtype of the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shared: Tensor,
+        bias_O: Tensor | None,
+        storage: Storage,
+        found: tuple[Saved, Any],
+        terms: tuple[Term, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        saved, layout = found
+        with without_autocast(x.device.type):
+            x_MI = shared.reshape(-1, shared.shape[-1])
+            y_MO = storage.forward(x_MI, saved, layout, bias_O)
+            lows = []
+            for i, term in enumerate(terms):
+                A_RI, B_OR = factors[2 * i], factors[2 * i + 1]
+                s_MR = lower(x_MI, A_RI, term.mask)
+                add_product(y_MO, s_MR, B_OR.to(x_MI.dtype).t(), term.scale, term.columns)
+                lows.append(s_MR)
+        ctx.save_for_backward(shared, *saved, *factors, *lows)
+        ctx.storage, ctx.layout, ctx.terms = storage, layout, terms
+        ctx.count, ctx.dtype = len(saved), x.dtype
+        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        shared, *rest = ctx.saved_tensors
+        saved, rest = tuple(rest[: ctx.count]), rest[ctx.count :]
+        terms: tuple[Term, ...] = ctx.terms
+        with without_autocast(dy.device.type):
+            x_MI, dy_MO = shared.reshape(-1, shared.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            dx_MI = ctx.storage.input_grad(dy_MO, saved, ctx.layout) if ctx.needs_input_grad[0] else None
+            grads: list[Tensor | None] = []
+            for i, term in enumerate(terms):
+                A_RI, B_OR, s_MR = rest[2 * i], rest[2 * i + 1], rest[2 * len(terms) + i]
+                grads += factor_grads(dy_MO, x_MI, s_MR, A_RI, B_OR, term, dx_MI)
+            dx = None if dx_MI is None else dx_MI.view(shared.shape).to(ctx.dtype)
+        return dx, None, None, None, None, None, *grads
