@@ -1,60 +1,36 @@
 """What every method keeps on every family. A new file in src/inlay/methods is covered without a line here.
 
-A line is needed where a method needs settings to work on tiny models (`SETTINGS`), where it promises to leave the
-output unchanged at the start (`UNCHANGED`), or where it refuses a family by name (`REFUSED`).
+A line in `cases.py` is needed where a method needs settings to work on tiny models (`SETTINGS`), where it promises to
+leave the output unchanged at the start (`UNCHANGED`), or where it refuses a family by name (`REFUSED`).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 
 import pytest
 import torch
 
 import inlay
+from contracts.cases import (
+    CASES,
+    FAMILIES,
+    REFUSED,
+    SETTINGS,
+    UNCHANGED,
+    UNMIXED,
+    WORKING,
+    attached,
+    method_of,
+    pristine,
+)
 from inlay.errors import AdapterError, MethodError, SiteError
 from inlay.methods.base import methods
 from inlay.methods.full import Copy
 from tiny import batch, tiny
 
-FAMILIES = {
-    "llama": "causal", "qwen2": "causal", "gpt2": "causal", "opt": "causal", "bert": "cls", "roberta": "token",
-    "t5": "seq2seq", "bart": "seq2seq", "modernbert": "mlm",
-}  # fmt: skip
 GENERATES = ("causal", "seq2seq")
-
-SETTINGS = {
-    "adalora": {"init_rank": 3, "target_rank": 1, "total_steps": 20},
-    "bottleneck": {"size": 6},
-    "diffpruning": {"sites": ("attn.q", "ffn.down")},
-    "dora": {"rank": 3},
-    "lora": {"rank": 3},
-    "mam": {"length": 3, "mid": 8, "size": 6},
-    "multihead": {"length": 3},
-    "prefix": {"length": 3},
-    "prompt": {"length": 3},
-    "ptuning": {"template": "{prompt:3} {text}", "encoder": "mlp"},
-    "ptuningv2": {"length": 3},
-    "unipelt": {"rank": 2, "length": 3, "mid": 8, "reduction": 8},
-}
-UNCHANGED = {"adalora", "bitfit", "bottleneck", "diffpruning", "dora", "full", "headonly", "ia3", "lora"}
-BIASLESS, HEADLESS = "BitFit trains biases", "HeadOnly needs a task head"
-REFUSED = {
-    **{("bitfit", f): BIASLESS for f in ("llama", "t5", "modernbert")},
-    **{("headonly", f): HEADLESS for f, task in FAMILIES.items() if task in ("causal", "seq2seq")},
-}  # fmt: skip
-
-# The position bias of T5 is one table for all rows, so rows that would train it apart are refused.
-UNMIXED = {("full", "t5"): "without the row they belong to"}
-
-CASES = [(name, family) for name in methods() for family in FAMILIES]
-WORKING = [case for case in CASES if case not in REFUSED]
-
-
-def method_of(name):
-    return methods()[name](**SETTINGS.get(name, {}))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,11 +40,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@functools.cache
-def pristine(family):
-    return tiny(family, FAMILIES[family])
 
 
 def inputs_of(model, **options):
@@ -83,12 +54,6 @@ def logits_of(model, **options):
     with torch.no_grad():
         torch.manual_seed(0)
         return model(**inputs_of(model, labels=False, **options)).logits
-
-
-def attached(name, family, adapter="default"):
-    model = copy.deepcopy(pristine(family))
-    torch.manual_seed(1)
-    return model, inlay.attach(model, method_of(name), name=adapter)
 
 
 def randomise(adapter, seed=7):
@@ -111,15 +76,17 @@ def snapshot(model):
     }
 
 
+@pytest.mark.proves("family")
 @pytest.mark.parametrize(("name", "family"), CASES)
-def test_attach_and_detach_leave_no_trace(name, family):
+def test_attach_and_detach_leave_no_trace(name, family, record_property):
     """Base keys stay; the output is unchanged at the start where promised; detaching or a refusal restores all."""
     model = copy.deepcopy(pristine(family))
     before, logits, keys = snapshot(model), logits_of(model), list(model.state_dict())
     bits = {n: t.clone() for n, t in model.state_dict().items()}
     if (name, family) in REFUSED:
-        with pytest.raises((MethodError, SiteError), match=REFUSED[name, family]):
+        with pytest.raises((MethodError, SiteError), match=REFUSED[name, family]) as refusal:
             inlay.attach(model, method_of(name))
+        record_property("refusal", str(refusal.value))
     else:
         adapter = inlay.attach(model, method_of(name))
         assert [k for k in model.state_dict() if ".inlay." not in k] == keys
@@ -137,6 +104,8 @@ def test_attach_and_detach_leave_no_trace(name, family):
     assert torch.equal(logits_of(model), logits)
 
 
+@pytest.mark.proves("family")
+@pytest.mark.proves("checkpointing")
 @pytest.mark.parametrize(("name", "family"), WORKING)
 def test_gradients_reach_the_adapter_alone_and_survive_checkpointing(name, family):
     model, adapter = attached(name, family)
@@ -162,6 +131,7 @@ def test_gradients_reach_the_adapter_alone_and_survive_checkpointing(name, famil
         torch.testing.assert_close(grads[1][key], grad, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.proves("family")
 @pytest.mark.parametrize(("name", "family"), WORKING)
 def test_folder_copy_and_pickle_give_the_same_bits(name, family, tmp_path):
     model, adapter = attached(name, family)
@@ -181,8 +151,9 @@ def test_folder_copy_and_pickle_give_the_same_bits(name, family, tmp_path):
     assert torch.equal(logits_of(model), wanted), "what trains in a copy is the copy's"
 
 
+@pytest.mark.proves("mixed batch")
 @pytest.mark.parametrize(("name", "family"), WORKING)
-def test_rows_of_a_mixed_batch_equal_the_rows_alone(name, family):
+def test_rows_of_a_mixed_batch_equal_the_rows_alone(name, family, record_property):
     model, first = attached(name, family, "a")
     second = inlay.attach(model, method_of(name), name="b")
     randomise(first, 3)
@@ -193,8 +164,9 @@ def test_rows_of_a_mixed_batch_equal_the_rows_alone(name, family):
         alone[adapter] = logits_of(model)
     rows = ["b", None, "a"]
     if (name, family) in UNMIXED:
-        with pytest.raises(AdapterError, match=UNMIXED[name, family]):
+        with pytest.raises(AdapterError, match=UNMIXED[name, family]) as refusal:
             inlay.use(model, rows)
+        record_property("refusal", str(refusal.value))
         return
     inlay.use(model, rows)
     mixed = logits_of(model)
@@ -207,6 +179,7 @@ def test_rows_of_a_mixed_batch_equal_the_rows_alone(name, family):
     assert not torch.allclose(alone["a"], alone["b"], atol=1e-3)
 
 
+@pytest.mark.proves("generate")
 @pytest.mark.parametrize(("name", "family"), [(n, f) for n, f in WORKING if FAMILIES[f] in GENERATES])
 def test_generation_with_and_without_a_cache_agrees(name, family):
     model, adapter = attached(name, family)
@@ -220,6 +193,7 @@ def test_generation_with_and_without_a_cache_agrees(name, family):
         assert model.generate(**inputs, **settings).shape == found[0].shape
 
 
+@pytest.mark.proves("compile")
 @pytest.mark.parametrize("name", [n for n in methods() if (n, "qwen2") not in REFUSED] + ["headonly"])
 def test_a_compiled_model_is_one_graph_and_sees_what_is_attached_afterwards(name):
     family, task = ("bert", "cls") if name == "headonly" else ("qwen2", "causal")
