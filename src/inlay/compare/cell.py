@@ -127,6 +127,11 @@ def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
         raise Interrupted(f"{cell.name}: {what}. The same command goes on from there", error.exit_code - 128) from None
     path = path_of(plan, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if plan.keep_runs and not record.error:
+        kept = plan.output / "runs" / cell.name
+        remove(kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, kept)
     replace_text(path, json.dumps(asdict(record), indent=1))
     remove(folder)
     return record

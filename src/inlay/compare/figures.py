@@ -212,9 +212,9 @@ def _label(axes: Any, rows: Sequence[Row], height: float = 12.0) -> None:
     taken = [(x - 6.0, y - 6.0, x + 6.0, y + 6.0) for x, y in points]
     for row, (x, y) in sorted(zip(rows, points, strict=True), key=lambda pair: -pair[1][1]):
         width = 5.6 * len(row.label) + 2
-        shifts = sorted(((dx, dy) for dy in (6.0 * step for step in range(-12, 13)) for dx in (9.0, -width - 9.0, -width / 2)),
-                        key=lambda s: abs(s[1]) + (0 if s[0] == 9.0 else 4 if s[0] < -width / 2 else 7))  # fmt: skip
-        for dx, dy in shifts:
+        sides = ((9.0, 0.0), (-width - 9.0, 4.0), (-width / 2, 7.0))  # right, left, above or below, and their price
+        shifts = sorted((abs(dy) + price, dx, dy) for dy in (6.0 * k for k in range(-12, 13)) for dx, price in sides)
+        for _, dx, dy in shifts:
             box = (x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
             inside = box[0] >= size.x0 and box[2] <= size.x1 and box[1] >= size.y0 and box[3] <= size.y1
             if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):

@@ -85,6 +85,7 @@ class Plan:
         output: the folder of the comparison.
         note: one sentence for the page on how the settings were chosen.
         inference: also measure the time of inference.
+        keep_runs: leave the run folders in `runs/`, to look into what was learnt.
     """
 
     template: RunConfig
@@ -94,6 +95,7 @@ class Plan:
     sizes: tuple[int | None, ...] = (None,)
     note: str = ""
     inference: bool = True
+    keep_runs: bool = False
 
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells()]
@@ -116,7 +118,7 @@ class Plan:
                     yield Cell(variant, size, seed)
 
     def times_inference(self, cell: Cell) -> bool:
-        """Whether inference is timed after this run: once for each variant, as it does not depend on what was learnt."""
+        """Whether inference is timed after this run: once a variant, as it does not depend on what was learnt."""
         whole = None if None in self.sizes else max(filter(None, self.sizes))
         return self.inference and (cell.size, cell.seed) == (whole, self.seeds[0])
 

