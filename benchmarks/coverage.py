@@ -41,6 +41,7 @@ import inlay
 import inlay.adapter  # loaded before the processes fork, so that none of them loads it again
 import inlay.formats.native
 import inlay.hosts.attention
+import inlay.hosts.softmax
 from inlay.errors import InlayError
 from inlay.methods.base import Method, methods
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=list(SETTINGS))
     parser.add_argument("--other", action="store_true", help="vision and speech instead of text")
     parser.add_argument("--resume", action="store_true", help="keep the results of an interrupted sweep")
+    parser.add_argument("--minutes", type=float, help="stop after that many; --resume goes on")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=180, help="seconds for one class")
     options = parser.parse_args()
@@ -120,7 +122,8 @@ def main() -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     with state.open("a" if options.resume else "w", encoding="utf-8") as log:
         todo = [n for n in names if n not in results]
-        for i, result in enumerate(sweep(todo, chosen, kinds, options.jobs, options.limit), 1):
+        end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+        for i, result in enumerate(sweep(todo, chosen, kinds, options.jobs, options.limit, end), 1):
             results[result.name] = result
             log.write(json.dumps(dataclasses.asdict(result)) + "\n")
             log.flush()
@@ -132,6 +135,9 @@ def main() -> None:
             )
             for method, outcome in bad.items():
                 print(f"      {method}: {outcome}", flush=True)
+    if len(results) < len(names):
+        print(f"{len(names) - len(results)} classes are left; go on with --resume")
+        return
     ordered = [results[n] for n in sorted(results)]
     text = report(ordered, chosen)
     if partial or options.other:
@@ -149,11 +155,15 @@ def _read(path: Path, chosen: list[str]) -> dict[str, Result]:
     return {r.name: r for r in results if r.problem or set(chosen) <= set(r.outcomes)}
 
 
-def sweep(names: list[str], chosen: list[str], kinds: dict[str, str], jobs: int, limit: float) -> Iterator[Result]:
+def sweep(
+    names: list[str], chosen: list[str], kinds: dict[str, str], jobs: int, limit: float, end: float
+) -> Iterator[Result]:
     """One process a class, `jobs` at a time; a class that takes too long or dies is one failed result."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
     while waiting or running:
+        if time.monotonic() > end:
+            waiting.clear()
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
@@ -210,19 +220,34 @@ def run(name: str, chosen: list[str], kinds: dict[str, str]) -> Result:
         result.problem = f"does not run: {error}"[:300]
         return result
     result.attention = attention_of(model)
+    subject = Subject(model, zoo.inputs_for(kind, model))
+    headed = None
     for method in chosen:
-        subject, inputs = model, zoo.inputs_for(kind, model)
-        if method in HEADED:
-            if kinds is not zoo.TEXT or name not in zoo.classes({"cls": zoo.TEXT["cls"]}):
-                result.outcomes[method] = "-"
-                continue
-            subject = zoo.build(name, {"cls": zoo.TEXT["cls"]})
-            inputs = zoo.inputs_for("cls", subject)
         if method in KEYS and not result.attention:
             result.outcomes[method] = "-"
-            continue
-        result.outcomes[method] = outcome(subject, inputs, method)
+        elif method not in HEADED:
+            result.outcomes[method] = outcome(subject, method)
+        elif kinds is not zoo.TEXT or name not in zoo.classes({"cls": zoo.TEXT["cls"]}):
+            result.outcomes[method] = "-"
+        else:
+            classifier = zoo.build(name, {"cls": zoo.TEXT["cls"]})
+            headed = Subject(classifier, zoo.inputs_for("cls", classifier))
+            result.outcomes[method] = outcome(headed, method)
+    for one in (subject, headed):
+        if one is not None and not same(logits(one.model, one.inputs), one.base):
+            marked = [m for m in result.outcomes if result.outcomes[m] == "ok" and (m in HEADED) == (one is headed)]
+            result.outcomes |= dict.fromkeys(marked, "removing it does not restore the output")
     return result
+
+
+class Subject:
+    """One model, and what all methods on it are compared with."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+        self.before = snapshot(model)
+        self.base = logits(model, inputs)
+        self.frozen = frozen_logits(model, inputs)
 
 
 def attention_of(model: nn.Module) -> str:
@@ -231,10 +256,10 @@ def attention_of(model: nn.Module) -> str:
     return next((form for form in ("interface", "softmax", "other") if form in forms), "")
 
 
-def outcome(model: nn.Module, inputs: dict[str, Any], name: str) -> str:
+def outcome(subject: Subject, name: str) -> str:
     """ "ok", or what went wrong."""
     try:
-        check(model, inputs, SETTINGS[name](), unchanged=name in UNCHANGED)
+        check(subject, SETTINGS[name](), unchanged=name in UNCHANGED)
     except Failed as error:
         said = str(error)
     except InlayError as error:
@@ -245,32 +270,30 @@ def outcome(model: nn.Module, inputs: dict[str, Any], name: str) -> str:
     else:
         said = "ok"
     with contextlib.suppress(InlayError):
-        inlay.detach(model)
+        inlay.detach(subject.model)
     return " ".join(said.split())[:400]
 
 
-def check(model: nn.Module, inputs: dict[str, Any], method: Method, *, unchanged: bool) -> None:
-    """All that a method must do on a model.
+def check(subject: Subject, method: Method, *, unchanged: bool) -> None:
+    """All that a method must do on a model; that the output is restored in the end is checked once for all methods.
 
     Raises:
         Failed: one of the checks.
     """
-    before = snapshot(model)
-    base = logits(model, inputs)
-    frozen = frozen_logits(model, inputs)
+    model, inputs, before = subject.model, subject.inputs, subject.before
     adapter = inlay.attach(model, method, "one")
-    if unchanged and not (same(logits(model, inputs), frozen) or same(logits(model, inputs), base)):
-        raise Failed(f"changes the output at the start (by {gap(logits(model, inputs), frozen):.1e})")
+    if unchanged:
+        start = logits(model, inputs)
+        if not (same(start, subject.frozen) or same(start, subject.base)):
+            raise Failed(f"changes the output at the start (by {gap(start, subject.frozen):.1e})")
     step(model, adapter, inputs, {name for name, flag in before["requires_grad"].items() if not flag})
     trained = logits(model, inputs)
-    if same(trained, base):
+    if same(trained, subject.base):
         raise Failed("one step does not change the output")
     with tempfile.TemporaryDirectory() as folder:
         path = adapter.save(Path(folder) / "adapter")
         inlay.detach(model, "one")
         compare(snapshot(model), before)
-        if not same(logits(model, inputs), base):
-            raise Failed("removing it does not restore the output")
         inlay.load(model, path)
         if not same(logits(model, inputs), trained):
             raise Failed(f"loading it gives other outputs (by {gap(logits(model, inputs), trained):.1e})")

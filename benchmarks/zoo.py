@@ -183,7 +183,8 @@ def _changes(config: PretrainedConfig, rules: tuple[tuple[str, Any], ...]) -> di
     for key, sub in nested.items():
         if key in SPECIAL.get(type(config).__name__, {}):
             continue
-        changes[key] = {**_changes(sub, rules), "model_type": sub.model_type}
+        kept = {flag: True for flag in ("is_decoder", "add_cross_attention") if getattr(sub, flag, False)}
+        changes[key] = {**kept, **_changes(sub, rules), "model_type": sub.model_type}
     fields = {k: v for k, v in config.to_dict().items() if k not in nested}
     changes |= SPECIAL.get(type(config).__name__, {})
     layers, lists = _layer_lists(config, fields)
@@ -268,8 +269,10 @@ def build(name: str, kinds: Mapping[str, str] = TEXT) -> nn.Module:
     for config in candidates(config_class):
         try:
             config = for_model(config, made)
-            if kind == "cls" and config.get_text_config().pad_token_id is None:
+            if kind == "cls" and getattr(config.get_text_config(), "pad_token_id", None) is None:
                 config.get_text_config().pad_token_id = config.pad_token_id = 0
+            if kind == "cls" and config.is_encoder_decoder and not hasattr(config, "decoder_start_token_id"):
+                config.decoder_start_token_id = 0
             with torch.device("meta"):
                 size = sum(p.numel() for p in made(config).parameters())
             if size > MOST_PARAMETERS:

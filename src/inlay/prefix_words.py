@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from inlay.errors import MethodError
 from inlay.hosts.attend import Recording
-from inlay.hosts.attention import AttentionHost
+from inlay.hosts.keys import KeysHost
 from inlay.methods.prefix import PrefixKV
 from inlay.state import use
 
@@ -72,7 +72,7 @@ def init_prefix_from_words(
 def _activations(adapter: Adapter, words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Keys and values of the words, [P, H D], at every attention that the adapter stands at."""
     model = adapter.model
-    hosts = {p: m for p, m in model.named_modules() if isinstance(m, AttentionHost) and p in adapter.paths}
+    hosts = {p: m for p, m in model.named_modules() if isinstance(m, KeysHost) and p in adapter.paths}
     # The model without its head: heads may ask for more than a few words (an end token, labels).
     body = getattr(model, "base_model", model)
     ids = torch.tensor([words], device=next(model.parameters()).device)

@@ -43,6 +43,8 @@ class Attentions:
         for layer in layers:
             if not self.of(layer):
                 self._add_by_name(layer)
+            if not self.of(layer):
+                self._add_bare(layer)
         self._owned = {c.path for s in self.seen.values() for c in s.calls}
 
     def of(self, layer: Layer) -> list[Attention]:
@@ -96,6 +98,23 @@ class Attentions:
             found = attention_by_name(sorted(calls, key=lambda c: c.order))
             if found is not None:
                 self._add_found(found, layer, "other")
+
+    def _add_bare(self, layer: Layer) -> None:
+        """An attention whose projections are tensors of the module itself, not modules (XLNet): known as a whole."""
+        taken = {c.path for unit in layer.units for c in unit.calls}
+        for leaf in sorted((c for u in layer.units for c in u.calls), key=lambda c: c.order):
+            found = attention_before(self.record, leaf)
+            if found is None or found.stack % self.record.batch or not found.stack:
+                continue
+            around = (c for p, c in self.tree.whole.items() if inside(p, layer.path) and p not in self.tree.calls)
+            free = (c for c in around if c.x.shape == c.y.shape and not any(inside(p, c.path) for p in taken))
+            path = next((c.path for c in free if self.tree.below.get(c.path)), None)
+            if path is not None:
+                count = found.stack // self.record.batch
+                shapes = Heads(count, count, found.key_size, found.key_size, found.causal)
+                made = Attention(path, False, shapes, (), (), (), None, None, path, form="softmax")
+                self.seen[path] = _Seen(made, layer.path, [])
+                return
 
     def _add_found(self, found: Found, layer: Layer, form: Form) -> None:
         ports = {"q": list(found.q), "k": list(found.k), "v": list(found.v)}
@@ -156,7 +175,7 @@ class Attentions:
         for name, calls in ports.items():
             size = parts[name].shape[1] * parts[name].shape[-1]
             for call in _once(calls):
-                if shared.count(call.path) == 1 and call.y.shape[-1] == size:
+                if shared.count(call.path) == 1 and _width(call, None) == size:
                     continue
                 used = used_columns(call, parts[name])
                 if call.y.is_meta and shared.count(call.path) > 1:
@@ -214,7 +233,7 @@ def _ports(name: str, ports: dict[str, list[LeafCall]], columns: dict[tuple[str,
 
 
 def _width(call: LeafCall, columns: Columns | None) -> int:
-    return sum(hi - lo for lo, hi in columns) if columns else int(call.y.shape[-1])
+    return sum(hi - lo for lo, hi in columns) if columns else int(call.y.shape[1 if call.kind == "conv" else -1])
 
 
 def _contiguous(

@@ -234,7 +234,7 @@ def used_columns(leaf: LeafCall, part: Tensor) -> Columns | None:
         return None
     seed = torch.randn(part.shape, dtype=part.dtype, device=part.device)
     (grad,) = torch.autograd.grad(part, leaf.cut, seed, retain_graph=True, allow_unused=True)
-    return None if grad is None else _nonzero(grad)
+    return None if grad is None else _nonzero(leaf, grad)
 
 
 def reaching(leaf: LeafCall, node: Node) -> Columns | None:
@@ -245,10 +245,11 @@ def reaching(leaf: LeafCall, node: Node) -> Columns | None:
     (meta,) = node._input_metadata[:1]
     seed = torch.randn(meta.shape, dtype=meta.dtype, device=meta.device)
     (grad,) = torch.autograd.grad((edge,), leaf.cut, (seed,), retain_graph=True, allow_unused=True)
-    return None if grad is None else _nonzero(grad)
+    return None if grad is None else _nonzero(leaf, grad)
 
 
-def _nonzero(grad: Tensor) -> Columns | None:
+def _nonzero(leaf: LeafCall, grad: Tensor) -> Columns | None:
+    grad = grad.movedim(1, -1) if leaf.kind == "conv" else grad
     used = grad.reshape(-1, grad.shape[-1]).ne(0).any(0).tolist()
     return None if all(used) or not any(used) else _ranges(used)
 

@@ -129,9 +129,11 @@ def _semantic(anatomy: Anatomy, name: str) -> list[Site]:
 def _heads_site(anatomy: Anatomy, block: Block, attention: Attention, name: str) -> Site:
     leaf = anatomy.modules.get(attention.path) or anatomy.leaf(attention.enter)
     width = attention.heads.query * attention.heads.value_size
+    first = anatomy.leaves.get(attention.enter, leaf)
+    wide = first.in_features if first.axis == 1 else leaf.in_features
     return Site(
-        name, attention.path, attention.path, leaf.in_features, width, layer=block.layer, stack=block.stack,
-        kind="attention", heads=attention.heads, causal=attention.heads.causal, rows=leaf.rows,
+        name, attention.path, attention.path, wide, width, layer=block.layer, stack=block.stack, kind="attention",
+        heads=attention.heads, causal=attention.heads.causal, rows=leaf.rows, axis=first.axis,
     )  # fmt: skip
 
 

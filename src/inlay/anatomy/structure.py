@@ -29,7 +29,10 @@ SAVED = {
 
 @dataclass(eq=False)
 class Found:
-    """One attention: where its queries, keys and values stand in the graph, and the leaf that takes its result."""
+    """One attention: where its queries, keys and values stand in the graph, and the leaf that takes its result.
+
+    `stack` counts the matrices in the product of queries and keys: the heads of all rows; 0 where it is not known.
+    """
 
     q: tuple[LeafCall, ...]
     k: tuple[LeafCall, ...]
@@ -37,6 +40,7 @@ class Found:
     o: LeafCall | None
     nodes: tuple[Node, Node, Node] | None = None
     key_size: int = 0
+    stack: int = 0
     causal: bool = False
 
     def columns(self, leaf: LeafCall, part: str) -> Columns | None:
@@ -92,7 +96,7 @@ def attention_before(record: Trace, leaf: LeafCall) -> Found | None:
         q, k, v = (region.leaves(side) for side in sides)
         if q and k and v:
             size = node._saved_query.shape[-1]
-            return Found(q, k, v, leaf, (sides[0], sides[1], sides[2]), size, bool(node._saved_is_causal))
+            return Found(q, k, v, leaf, (sides[0], sides[1], sides[2]), size, causal=bool(node._saved_is_causal))
     for softmax in region.named("Softmax"):
         scores = _scores(region, softmax)
         values = _values(region, softmax)
@@ -101,8 +105,9 @@ def attention_before(record: Trace, leaf: LeafCall) -> Found | None:
         left, right = operands(scores)
         q, k, v = region.leaves(left), region.leaves(right), region.leaves(values)
         if q and k and v:
-            size = getattr(scores, SAVED[scores.name()][0]).shape[-1]
-            return Found(q, k, v, leaf, (left, right, values), size, _is_causal(softmax))
+            shape = getattr(scores, SAVED[scores.name()][0]).shape
+            stack = shape[0] if len(shape) == 3 else 0
+            return Found(q, k, v, leaf, (left, right, values), shape[-1], stack, _is_causal(softmax))
     return None
 
 

@@ -22,9 +22,9 @@ def insert(modules: dict[str, nn.Module], adapter: str, key: str, piece: Piece, 
     if isinstance(piece, Delta | Replacement):
         return _leaf(modules, adapter, key, piece, site)
     if isinstance(piece, ExtraKV | HeadDelta):
-        from inlay.hosts.attention import AttentionHost
+        from inlay.hosts.attention import host_for
 
-        adopt(modules[site.leave], AttentionHost, site.leave)
+        adopt(modules[site.leave], host_for(modules[site.leave]), site.leave)
     elif isinstance(piece, VirtualTokens):
         from inlay.hosts.embedding import EmbeddingHost
 

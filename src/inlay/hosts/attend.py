@@ -28,6 +28,9 @@ from inlay.route import Group, Rows, join
 
 NAME = "inlay"
 SERVED = ("sdpa", "eager")
+KNOWN = ("position_bias", "sinks")
+"""Arguments with four dimensions that leave room for extra keys: a bias is extended, sinks stand beside all keys."""
+
 KEYED = ("indices", "block_indices", "attention_bias")
 """Arguments of some attention functions that speak of single keys in a way that `attend` does not know."""
 
@@ -124,14 +127,27 @@ def attend(
             f"{module._inlay.path}: its forward was replaced on the module itself, so inlay did not see the "
             "input. Undo that (offloading hooks, for example), attach, and apply it again."
         )
-    inputs = Inputs(query, key, value, attention_mask, kwargs)
+    return serve(module, name, function, plan, plan.x, Inputs(query, key, value, attention_mask, kwargs))
+
+
+def serve(module: Any, name: str, function: Function, plan: Plan, x: Tensor, inputs: Inputs) -> Result:
+    """An attention function with the pieces of each group of rows.
+
+    Args:
+        module: the hosted module that calls.
+        name: "sdpa" where the function derives a causal mask from shapes.
+        function: takes (module, query, key, value, mask, **kwargs).
+        plan: the pieces.
+        x: the module's input [B, T, I].
+        inputs: what it calls the function with.
+    """
     if len(plan.groups) == 1:
-        return _one(module, name, function, plan.groups[0], plan.x, inputs)
+        return _one(module, name, function, plan.groups[0], x, inputs)
     parts = []
     for acts in plan.groups:
         if plan.padding is not None:
             plan.padding.rows = acts.rows
-        parts.append(_one(module, name, function, acts, acts.rows.take(plan.x), _rows(acts.rows, inputs)))
+        parts.append(_one(module, name, function, acts, acts.rows.take(x), _rows(acts.rows, inputs)))
     if plan.padding is not None:
         plan.padding.rows = None
     return join(plan.joins, [out for out, _ in parts]), _join_weights(plan.joins, [weights for _, weights in parts])
@@ -249,11 +265,11 @@ def _refuse_unknown(module: Any, given: Inputs) -> None:
     if given.kwargs.get("cache") is not None:
         raise AttachmentError(f"{path} runs with a paged cache (continuous batching), which takes no extra keys.")
     for name, value in given.kwargs.items():
-        if isinstance(value, Tensor) and (value.ndim == 4 or name in KEYED) and name != "position_bias":
+        if isinstance(value, Tensor) and (value.ndim == 4 or name in KEYED) and name not in KNOWN:
             raise AttachmentError(
                 f"{path} passes {name!r} to its attention function, which speaks of single keys in a way that inlay "
                 "does not know, so extra keys would be misread. Use methods without prefixes on this model."
             )
 
 
-__all__ = ["NAME", "Acts", "Function", "Inputs", "Plan", "Recording", "attend", "former"]
+__all__ = ["NAME", "Acts", "Function", "Inputs", "Plan", "Recording", "attend", "former", "serve"]

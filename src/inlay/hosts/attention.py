@@ -14,15 +14,14 @@ from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from inlay.errors import AttachmentError, SiteError
-from inlay.hosts.attend import NAME, SERVED, Acts, Function, Plan, attend, former
-from inlay.hosts.base import Host, Hosted, padding_of
-from inlay.methods.base import ExtraKV, HeadDelta
-from inlay.route import Group
+from inlay.errors import AttachmentError
+from inlay.hosts.attend import NAME, SERVED, Function, Plan, attend, former
+from inlay.hosts.base import Host
+from inlay.hosts.keys import KeysHost, input_of
 
 
 class Alias(str):
@@ -64,8 +63,8 @@ class ModuleConfig:
         setattr(self._real, name, value)
 
 
-class AttentionHost(Host):
-    """Serves `ExtraKV` and `HeadDelta` pieces.
+class AttentionHost(KeysHost):
+    """Serves `ExtraKV` and `HeadDelta` pieces at modules that call transformers' attention function.
 
     Attributes:
         functions: the attention interface that the module's class uses.
@@ -107,19 +106,12 @@ class AttentionHost(Host):
     def config(self, value: Any) -> None:
         self.__dict__["config"] = value
 
-    @classmethod
-    def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
-        """The pieces of each group at this attention, in the order in which the adapters are named."""
-        acts = tuple(_acts(state, g) for g in groups)
-        return Plan(acts, groups, padding_of(state)) if any(a.kv or a.heads for a in acts) else None
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""
         plan = self._inlay.plan
         if not isinstance(plan, Plan):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        x = args[0] if args else kwargs.get("hidden_states")
-        plan.x = x if x is not None else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        plan.x = input_of(args, kwargs)
         plan.calls = 0
         try:
             result = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -147,28 +139,39 @@ def _words(constants: Sequence[Any]) -> set[str]:
     return {c for c in (*constants, *inner) if isinstance(c, str)}
 
 
-def _acts(state: Hosted, group: Group) -> Acts:
-    pieces = [p.piece for name in group.names for p in state.placed.get(name, ())]
-    kv = tuple(p for p in pieces if isinstance(p, ExtraKV))
-    return Acts(group.rows, kv, tuple(p for p in pieces if isinstance(p, HeadDelta)))
+def host_for(module: nn.Module) -> type[KeysHost]:
+    """The host for an attention module: does it ask for its attention function, or compute by itself?"""
+    if isinstance(module, Host):
+        kind = type(module).host
+        return kind if issubclass(kind, KeysHost) else AttentionHost
+    if "config" in module.__dict__ and any(_interfaces(type(module))):
+        return AttentionHost
+    from inlay.hosts.softmax import SoftmaxHost
+
+    return SoftmaxHost
+
+
+def _interfaces(base: type[nn.Module]) -> Iterator[AttentionInterface]:
+    """The attention interfaces that the methods of a class ask for their function."""
+    for function in _readers(base):
+        for name in function.__code__.co_names:
+            found = function.__globals__.get(name)
+            if isinstance(found, AttentionInterface):
+                yield found
 
 
 def enable(model: nn.Module) -> None:
     """Makes sure that every hosted attention of a model can take extra keys.
 
     Raises:
-        SiteError: an attention module does not fetch its function through transformers' attention interface.
-        AttachmentError: the attention function in use cannot take extra keys.
+        AttachmentError: one of them cannot; the message says why and what to do.
     """
-    for path, module in model.named_modules():
+    from inlay.hosts.softmax import prove
+
+    for module in model.modules():
         if isinstance(module, AttentionHost):
-            if "config" not in module.__dict__ or module.functions is None:
-                raise SiteError(
-                    f"{path} ({type(module).__name__}) does not choose its attention function by its config, so keys "
-                    "cannot be added to it. Name other attentions as sites ('decoder:heads', ...), or use methods "
-                    "without prefixes on this model (LoRA, Bottleneck, ...)."
-                )
             former(module)
+    prove(model)
 
 
 def build_mask(*args: Any, config: Any, **kwargs: Any) -> Any:

@@ -76,12 +76,16 @@ class Placed:
 
 @dataclass(eq=False)
 class Hosted:
-    """What a hosted module knows: path, pieces by adapter, the spans it opens, and the plan for this route."""
+    """What a hosted module knows: path, pieces by adapter, the spans it opens, and the plan for this route.
+
+    `proven` is set where a run on a few tokens showed that its own code can be followed.
+    """
 
     path: str
     placed: dict[str, list[Placed]] = field(default_factory=dict)
     opens: dict[str, list[Span]] = field(default_factory=dict)
     plan: Any = None
+    proven: bool = False
 
     @property
     def empty(self) -> bool:

@@ -27,14 +27,21 @@ Frozen = Callable[[Tensor], Any]
 
 @dataclass(eq=False)
 class Act:
-    """One delta at work: where its x comes from and which features it writes."""
+    """One delta at work: where its x comes from, which features it writes, and which axis holds the features."""
 
     delta: Delta
     span: Span | None
     columns: Columns | None
+    axis: int = -1
 
     def __call__(self, x: Tensor, y: Tensor, frozen: Tensor | None = None) -> Tensor:
         """y with Δ added, in the dtype of y; `frozen` is the module's own output where others were added before."""
+        if self.axis == -1:
+            return self._added(x, y, frozen)
+        x, y, frozen = (t if t is None else t.movedim(self.axis, -1) for t in (x, y, frozen))
+        return self._added(x, y, frozen).movedim(-1, self.axis)
+
+    def _added(self, x: Tensor, y: Tensor, frozen: Tensor | None) -> Tensor:
         x = _beside(x, y)
         seen = frozen if frozen is not None and self.delta.needs_frozen else y
         if self.columns is not None:
@@ -182,7 +189,8 @@ def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
         seen: dict[tuple[type[Delta], Columns | None], int] = {}
         for placed in pieces:
             piece, columns = placed.piece, placed.site.columns
-            if not isinstance(piece, Delta) or placed.site.tap != "output" or placed.span or placed.merged:
+            usual = placed.site.tap == "output" and placed.site.axis == -1 and not (placed.span or placed.merged)
+            if not isinstance(piece, Delta) or not usual:
                 if any(name in g.names for g in groups):
                     return ()
                 continue
@@ -211,7 +219,8 @@ def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
 def _fused(acts: Acts, base: type[nn.Module]) -> Fused | None:
     """The module and its pieces in one step, where all of them only add to what leaves it and are of one class."""
     deltas = [act.delta for act in acts.leaving]
-    alone = not (acts.entering or acts.replacement or acts.through or any(act.span for act in acts.leaving))
+    alone = not (acts.entering or acts.replacement or acts.through)
+    alone = alone and not any(act.span or act.axis != -1 for act in acts.leaving)
     if not alone or len({type(d) for d in deltas}) != 1:
         return None
     return deltas[0].fused(deltas, [act.columns for act in acts.leaving], base)
@@ -219,7 +228,7 @@ def _fused(acts: Acts, base: type[nn.Module]) -> Fused | None:
 
 def _act(placed: Placed) -> Act:
     assert isinstance(placed.piece, Delta)
-    return Act(placed.piece, placed.span, placed.site.columns)
+    return Act(placed.piece, placed.span, placed.site.columns, placed.site.axis)
 
 
 def _refuse_routed(state: Hosted, active: set[str]) -> None:

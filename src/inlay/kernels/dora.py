@@ -11,17 +11,17 @@ Shapes: M rows (all leading dimensions), I / O features entering / leaving, R ra
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from inlay.kernels import dropout
+from inlay.kernels import compiled, dropout
 from inlay.kernels.frozen import Saved, Storage, storage_of
 from inlay.kernels.lora import Term, add_product, cast_once, dtype_of, factor_grads, lower, usable, without_autocast
-from inlay.kernels.scratch import scratch
 from inlay.memo import versions
 
 if TYPE_CHECKING:
@@ -31,15 +31,16 @@ if TYPE_CHECKING:
 class DoRALinear:
     """What a hosted projection gives for x with one DoRA piece, or None: see `LoRALinear`."""
 
-    def __init__(self, delta: DoRADelta, storage: Storage) -> None:
-        self.delta, self.storage = delta, storage
+    def __init__(self, delta: DoRADelta, base: type[nn.Module], storage: Storage) -> None:
+        self.delta, self.base, self.storage = delta, base, storage
+        self._forward: Any = base.forward
         self._kept: tuple[object, tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
 
     @classmethod
     def make(cls, delta: DoRADelta, base: type[nn.Module]) -> DoRALinear | None:
         """For leaves of this class, or None."""
         storage = storage_of(base)
-        return None if storage is None else cls(delta, storage)
+        return None if storage is None else cls(delta, base, storage)
 
     def __call__(self, module: Any, x: Tensor) -> Tensor | None:
         """y of shape (..., O) for x of shape (..., I), or None."""
@@ -65,22 +66,24 @@ class DoRALinear:
         return y
 
     def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
-        y: Tensor = type(module).base.forward(module, x)
-        if type(y) is not Tensor:
-            return None
-        y, delta = y.contiguous(), self.delta
-        A_RI, B_RO, gain_O, shift_O = self._values(y.dtype)
-        x_MI, y_MO = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
+        delta = self.delta
         if delta.dropout and delta.training:
-            x_MI = F.dropout(x_MI, delta.dropout)
-        add_product(y_MO, F.linear(x_MI, A_RI), B_RO, delta.scale, None)
+            return None
+        y: Tensor = self._forward(module, x)
+        if type(y) is not Tensor or not y.is_contiguous():
+            return None
+        A_IR, B_RO, gain_O, shift_O = self._values(y.dtype)
+        x_MI, y_MO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if x_MI.dtype != y.dtype:
+            x_MI = x_MI.to(y.dtype)
+        y_MO.addmm_(x_MI.mm(A_IR), B_RO, alpha=delta.scale)
         y_MO.addcmul_(y_MO, gain_O)
         if shift_O is not None:
             y_MO.sub_(shift_O)
         return y
 
     def _values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """A, Bᵀ, m / n - 1 and (m / n - 1) b in this dtype, kept until something that they are made of changes."""
+        """Aᵀ, Bᵀ, m / n - 1 and (m / n - 1) b in this dtype, kept until something that they are made of changes."""
         delta = self.delta
         bias_O = delta.frozen.bias
         key = dtype, delta.frozen.version, versions(delta.A, delta.B, delta.m, *([] if bias_O is None else [bias_O]))
@@ -88,12 +91,12 @@ class DoRALinear:
             with torch.inference_mode(False), torch.no_grad():
                 gain_O = delta.m.detach() / delta.norm() - 1
                 shift_O = None if bias_O is None else (gain_O * bias_O.detach()).to(dtype)
-                factors = delta.A.detach().to(dtype), delta.B.detach().to(dtype).t()
+                factors = delta.A.detach().to(dtype).t(), delta.B.detach().to(dtype).t()
                 self._kept = key, (*factors, gain_O.to(dtype), shift_O)
         return self._kept[1]
 
     def __reduce__(self) -> Any:
-        return type(self), (self.delta, self.storage)
+        return type(self), (self.delta, self.base, self.storage)
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -119,13 +122,11 @@ class _DoRALinear(torch.autograd.Function):
             z_MO = storage.forward(x_MI, saved, layout, bias_O)
             s_MR = lower(x_MI, A_RI, term.mask)
             add_product(z_MO, s_MR, B_OR.to(x_MI.dtype).t(), term.scale, None)
-            gain_O = m_O / norm_O - 1
-            y_MO = torch.addcmul(z_MO, z_MO, gain_O.to(z_MO.dtype))
-            if bias_O is not None:
-                y_MO.sub_((gain_O * bias_O).to(y_MO.dtype))
+            y_MO = _rescale(z_MO, m_O / norm_O - 1, bias_O)
         ctx.save_for_backward(shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved)
         ctx.storage, ctx.layout, ctx.term, ctx.dtype = storage, layout, term, x.dtype
-        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+        # No view: models may go on in place, which autograd forbids on views made in a Function.
+        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
 
     @staticmethod
     @once_differentiable
@@ -133,12 +134,63 @@ class _DoRALinear(torch.autograd.Function):
         shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved = ctx.saved_tensors
         with without_autocast(dy.device.type):
             x_MI, dy_MO = shared.reshape(-1, shared.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            product_MO = scratch(z_MO.numel(), z_MO.dtype, z_MO.device).view(z_MO.shape)
-            dm_O = torch.mul(dy_MO, z_MO, out=product_MO).sum(0, dtype=m_O.dtype)
-            if bias_O is not None:
-                dm_O -= bias_O * dy_MO.sum(0, dtype=m_O.dtype)
-            dz_MO = torch.addcmul(dy_MO, dy_MO, (m_O / norm_O - 1).to(dy_MO.dtype))
+            dz_MO, dratio_O = _rescale_grads(dy_MO, z_MO, m_O / norm_O - 1, bias_O)
             dx_MI = ctx.storage.input_grad(dz_MO, tuple(saved), ctx.layout) if ctx.needs_input_grad[0] else None
             dA_RI, dB_OR = factor_grads(dz_MO, x_MI, s_MR, A_RI, B_OR, ctx.term, dx_MI)
             dx = None if dx_MI is None else dx_MI.view(shared.shape).to(ctx.dtype)
-        return dx, None, None, None, None, None, None, dA_RI, dB_OR, dm_O / norm_O
+        return dx, None, None, None, None, None, None, dA_RI, dB_OR, (dratio_O / norm_O).to(m_O.dtype)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_THREADED_FROM = 1 << 17
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled.load("dora.c") if compiled.enabled() else None
+    if library is None:
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    library.inlay_dora_forward.argtypes = [*[pointer] * 4, long, long, ctypes.c_int, ctypes.c_int]
+    library.inlay_dora_backward.argtypes = [*[pointer] * 6, long, long, ctypes.c_int, ctypes.c_int]
+    return library
+
+
+def _compiled_for(*tensors_MO: Tensor) -> ctypes.CDLL | None:
+    fits = all(t.is_cpu and t.dtype in _DTYPES and t.is_contiguous() for t in tensors_MO)
+    return _library() if fits else None
+
+
+def _rescale(z_MO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """y = z + gain (z - b)."""
+    library = _compiled_for(z_MO)
+    if library is None:
+        y_MO = torch.addcmul(z_MO, z_MO, gain_O.to(z_MO.dtype))
+        return y_MO if bias_O is None else y_MO.sub_((gain_O * bias_O).to(y_MO.dtype))
+    y_MO, gain_O, shift_O = torch.empty_like(z_MO), gain_O.float().contiguous(), _shift(gain_O, bias_O)
+    library.inlay_dora_forward(z_MO.data_ptr(), gain_O.data_ptr(), shift_O.data_ptr(), y_MO.data_ptr(), *_extent(z_MO))
+    return y_MO
+
+
+def _rescale_grads(dy_MO: Tensor, z_MO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dz = (1 + gain) dy, and Σ dy (z - b) over the rows in fp32."""
+    library = _compiled_for(dy_MO, z_MO)
+    if library is None:
+        wide = torch.promote_types(z_MO.dtype, torch.float32)
+        sum_O = (dy_MO * z_MO).sum(0, dtype=wide)
+        if bias_O is not None:
+            sum_O -= bias_O * dy_MO.sum(0, dtype=wide)
+        return torch.addcmul(dy_MO, dy_MO, gain_O.to(dy_MO.dtype)), sum_O
+    dz_MO, gain_O, shift_O = torch.empty_like(dy_MO), gain_O.float().contiguous(), _shift(gain_O, bias_O)
+    sum_O = torch.empty_like(shift_O)
+    library.inlay_dora_backward(*(t.data_ptr() for t in (dy_MO, z_MO, gain_O, shift_O, dz_MO, sum_O)), *_extent(z_MO))
+    return dz_MO, sum_O
+
+
+def _shift(gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    return torch.zeros_like(gain_O, dtype=torch.float32) if bias_O is None else bias_O.float().contiguous()
+
+
+def _extent(z_MO: Tensor) -> tuple[int, int, int, int]:
+    threads = torch.get_num_threads() if z_MO.numel() >= _THREADED_FROM else 1
+    return z_MO.shape[0], z_MO.shape[1], _DTYPES[z_MO.dtype], threads

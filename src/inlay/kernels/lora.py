@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +29,8 @@ from inlay.memo import versions
 
 if TYPE_CHECKING:
     from inlay.methods.lora import LoRADelta
+
+Products = tuple[tuple[Tensor, Tensor, float, Columns | None], ...]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,9 +50,13 @@ class LoRALinear:
     tensors of a class of their own, for a weight that is trained itself, and for dropout on devices without the kernel.
     """
 
-    def __init__(self, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], storage: Storage) -> None:
-        self.deltas, self.columns, self.storage = tuple(deltas), tuple(columns), storage
-        self._kept: tuple[object, tuple[tuple[Tensor, Tensor], ...]] | None = None
+    def __init__(
+        self, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], base: type[nn.Module], storage: Storage
+    ) -> None:
+        self.deltas, self.columns, self.base, self.storage = tuple(deltas), tuple(columns), base, storage
+        self._forward: Any = base.forward
+        self._drops = any(d.dropout for d in deltas)
+        self._kept: tuple[object, Products] | None = None
 
     @classmethod
     def make(
@@ -59,15 +64,13 @@ class LoRALinear:
     ) -> LoRALinear | None:
         """For leaves of this class, or None."""
         storage = storage_of(base)
-        return None if storage is None else cls(deltas, columns, storage)
+        return None if storage is None else cls(deltas, columns, base, storage)
 
     def __call__(self, module: Any, x: Tensor) -> Tensor | None:
         """y of shape (..., O) for x of shape (..., I), or None."""
-        if torch.compiler.is_compiling() or not usable(x):
+        if not usable(x):
             return None
-        if not torch.is_grad_enabled():
-            return self._without_grad(module, x)
-        return self._with_grad(module, x)
+        return self._with_grad(module, x) if torch.is_grad_enabled() else self._without_grad(module, x)
 
     def _with_grad(self, module: Any, x: Tensor) -> Tensor | None:
         dtype = dtype_of(module, x, self.storage)
@@ -89,33 +92,47 @@ class LoRALinear:
 
     def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
         """The frozen module's own output, bit for bit, and the pieces added to it in place."""
-        y: Tensor = type(module).base.forward(module, x)
-        if type(y) is not Tensor:
+        if self._drops and any(d.dropout and d.training for d in self.deltas):
             return None
-        y = y.contiguous()
-        x_MI, y_MO = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
-        for (A_RI, B_RO), delta, columns in zip(self._factors(y.dtype), self.deltas, self.columns, strict=True):
-            seen_MI = F.dropout(x_MI, delta.dropout) if delta.dropout and delta.training else x_MI
-            add_product(y_MO, F.linear(seen_MI, A_RI), B_RO, delta.scale, columns)
+        y: Tensor = self._forward(module, x)
+        if type(y) is not Tensor or not y.is_contiguous():
+            return None
+        x_MI, y_MO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if x_MI.dtype != y.dtype:
+            x_MI = x_MI.to(y.dtype)
+        for A_IR, B_RO, scale, columns in self._products(y.dtype):
+            if columns is None:
+                y_MO.addmm_(x_MI.mm(A_IR), B_RO, alpha=scale)
+            else:
+                add_product(y_MO, x_MI.mm(A_IR), B_RO, scale, columns)
         return y
 
-    def _factors(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
-        """A and Bᵀ of all pieces; in another dtype than theirs they are kept until a piece changes."""
-        if dtype == torch.float32:
-            return tuple((d.A, d.B.t()) for d in self.deltas)
-        key = dtype, *(versions(d.A, d.B) for d in self.deltas)
+    def _products(self, dtype: torch.dtype) -> Products:
+        """Aᵀ, Bᵀ, s and the columns of all pieces. They are views of the pieces' own; in another dtype than theirs they
+        are copies, kept until a piece changes."""
+        parts = [(d._parameters["A"], d._parameters["B"]) for d in self.deltas]
+        key: list[object] = [dtype]
+        for A_RI, B_OR in parts:
+            assert A_RI is not None
+            assert B_OR is not None
+            same = A_RI.dtype == dtype
+            key += (A_RI.data_ptr(), B_OR.data_ptr()) if same else versions(A_RI, B_OR)
         if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False):
-                self._kept = key, tuple((d.A.detach().to(dtype), d.B.detach().to(dtype).t()) for d in self.deltas)
+            with torch.inference_mode(False), torch.no_grad():
+                made = tuple(
+                    (d.A.detach().to(dtype).t(), d.B.detach().to(dtype).t(), d.scale, c)
+                    for d, c in zip(self.deltas, self.columns, strict=True)
+                )
+            self._kept = key, made
         return self._kept[1]
 
     def __reduce__(self) -> Any:
-        return type(self), (self.deltas, self.columns, self.storage)
+        return type(self), (self.deltas, self.columns, self.base, self.storage)
 
 
 def usable(x: Tensor) -> bool:
     """Whether x is an ordinary tensor outside of functorch's transforms."""
-    return type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch._C._are_functorch_transforms_active()
 
 
 def dtype_of(module: Any, x: Tensor, storage: Storage) -> torch.dtype | None:
@@ -221,7 +238,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(shared, *saved, *factors, *lows)
         ctx.storage, ctx.layout, ctx.terms = storage, layout, terms
         ctx.count, ctx.dtype = len(saved), x.dtype
-        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+        # No view: models may go on in place (q /= sqrt(d)), which autograd forbids on views made in a Function.
+        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
 
     @staticmethod
     @once_differentiable

@@ -111,7 +111,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.is_tensor = [isinstance(t, Tensor) for t in weight]
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+        # No view: models may go on in place, which autograd forbids on views made in a Function.
+        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
 
     @staticmethod
     @once_differentiable
