@@ -48,3 +48,11 @@ def test_nothing_is_kept_inside_a_compiled_graph():
 
     for value in (1.0, 2.0, 3.0):
         assert torch.equal(doubled(weight * value), weight * value * 2)
+
+
+def test_versions_count_optimizer_steps_from_the_first_one_on(monkeypatch):
+    """Fused optimizers write without a trace; without the hook a cache would keep what was before the first step."""
+    started = []
+    monkeypatch.setattr("inlay.stepping.start", lambda: started.append(True))
+    versions(torch.zeros(1))
+    assert started

@@ -44,4 +44,5 @@ def versions(*tensors: Tensor) -> tuple[object, ...]:
     Version counters see every write but those through `.data`, which some optimizers use: so each step of any optimizer
     counts as a change. What escapes is a write through `.data` by hand.
     """
+    stepping.start()  # else no step would be counted, and fused optimizers change no version counter
     return stepping.count(), *((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
