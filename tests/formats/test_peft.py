@@ -106,6 +106,7 @@ LORA: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", LORA)
+@pytest.mark.proves("PEFT in/out", "lora", "dora")
 def test_lora_from_peft_and_back(case, tmp_path):
     family, task, settings = LORA[case]
     config = peft.LoraConfig(task_type=TASKS.get(task or "causal"), **settings)
@@ -141,12 +142,14 @@ def there_and_back(family: str, task: str | None, config: Any, tmp_path: Path, *
         ("bart", None, {}),
     ],
 )
+@pytest.mark.proves("PEFT in/out", "ia3")
 def test_ia3_from_peft_and_back(family, task, settings, tmp_path):
     kind = "SEQ_CLS" if task else "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"
     there_and_back(family, task, peft.IA3Config(task_type=kind, **settings), tmp_path)
 
 
 @pytest.mark.parametrize("alpha", [8, 3, 0])
+@pytest.mark.proves("PEFT in/out", "adalora")
 def test_adalora_keeps_its_divisor_and_its_ranks(alpha, tmp_path):
     config = peft.AdaLoraConfig(
         init_r=6, target_r=3, lora_alpha=alpha, tinit=1, tfinal=1, total_step=6, deltaT=1, task_type="CAUSAL_LM",

@@ -73,6 +73,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize(("family", "task"), PROMPTS)
 @pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+@pytest.mark.proves("PEFT in/out", "prompt", "ptuning")
 def test_virtual_tokens_from_peft_and_back(family, task, kind, tmp_path):
     if kind == "prompt":
         config = peft.PromptTuningConfig(num_virtual_tokens=LENGTH, task_type=KINDS[task])
@@ -100,6 +101,7 @@ PREFIXES = [
 
 
 @pytest.mark.parametrize(("family", "task", "options"), PREFIXES)
+@pytest.mark.proves("PEFT in/out", "prefix")
 def test_prefixes_from_peft_and_back(family, task, options, tmp_path):
     config = peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, task_type=KINDS[task], **options)
     expected = write_theirs(family, task, config, tmp_path / "peft")
@@ -124,12 +126,14 @@ def test_prefixes_from_peft_and_back(family, task, options, tmp_path):
         ("llama", "causal", inlay.Prefix(length=3)),
         ("gpt2", "causal", inlay.Prefix(length=3, shifts_positions=True)),
         ("bert", "cls", inlay.Prefix(length=3, mid=8, shifts_positions=True)),
+        ("llama", "causal", inlay.PTuningV2(length=3)),
         ("llama", "causal", inlay.Prompt(length=3)),
         ("bert", "cls", inlay.Prompt(length=3, after=0)),
         ("llama", "causal", inlay.PTuning(template="{prompt:3} {text}")),
         ("t5", "seq2seq", inlay.Prompt(length=3)),
     ],
 )
+@pytest.mark.proves("PEFT in/out", "ptuningv2")
 def test_ours_in_peft(family, task, method, tmp_path):
     model = tiny(family, task)
     adapter = randomise(inlay.attach(model, method))

@@ -43,6 +43,7 @@ def pieces_of(adapter):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.proves("oracle", "adalora")
 def test_equals_dense(family):
     model = tiny(family)
     adapter = inlay.attach(model, inlay.AdaLoRA(init_rank=4, target_rank=2, alpha=8))

@@ -27,6 +27,7 @@ def moved(plain, adapter):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "qwen2", "bart"])
+@pytest.mark.proves("oracle", "bitfit")
 def test_equals_training_the_biases_themselves(family):
     model = tiny(family, "mlm" if family == "bert" else None)
     adapter = inlay.attach(model, inlay.BitFit())

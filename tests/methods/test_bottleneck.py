@@ -84,6 +84,7 @@ def parallel(enter, leave, activation, scale=1.0):
 BERT = "bert.encoder.layer.{}."
 
 
+@pytest.mark.proves("oracle", "bottleneck")
 def test_houlsby_is_sequential_after_both_sublayers_and_before_the_residual():
     model = tiny("bert")
     adapter = inlay.attach(model, inlay.Bottleneck.houlsby(6, train_norms=False), head=None)
@@ -109,6 +110,7 @@ def test_houlsby_trains_every_norm_and_leaves_the_base_norms_alone():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.proves("oracle", "bottleneck")
 def test_pfeiffer_in_a_post_ln_block_runs_the_frozen_norm_twice():
     model = tiny("bert")
     adapter = inlay.attach(model, inlay.Bottleneck.pfeiffer(size=6), head=None)
@@ -160,6 +162,7 @@ def test_pfeiffer_in_a_pre_ln_block_reads_the_residual_stream():
         ("opt", "model.decoder.layers.{}.fc1", "model.decoder.layers.{}.fc2"),
     ],
 )
+@pytest.mark.proves("oracle", "bottleneck")
 def test_scaled_parallel_reads_the_input_of_the_span(family, enter, leave):
     model = tiny(family)
     adapter = inlay.attach(model, inlay.Bottleneck.scaled_parallel(6), head=None)
@@ -245,6 +248,7 @@ BASE, LARGE = (
     ],
     ids=lambda v: getattr(v, "__name__", "") or (f"{v:,}" if isinstance(v, int) else ""),
 )
+@pytest.mark.proves("count", "bottleneck")
 def test_published_counts(config, kind, method, count):
     adapter = inlay.attach(meta(config, kind), method)
     assert adapter.trained_parameters == adapter.stored_parameters == count

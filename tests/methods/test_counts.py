@@ -87,6 +87,7 @@ def test_sizes_of_the_bases(name, parameters):
     ("bert-base-cased", 102_912, 46_080), ("bert-base-uncased", 102_912, 46_080),
     ("bert-large-cased", 272_384, 122_880), ("bert-large-uncased", 272_384, 122_880),
 ])  # fmt: skip
+@pytest.mark.proves("count", "bitfit")
 def test_bitfit_on_bert(name, biases, query_and_intermediate):
     """11 d L + 2 d. 0.09 % is BERT-base and 0.08 % BERT-large; the articles give one figure for both."""
     assert count(name, inlay.BitFit()) == biases
@@ -98,6 +99,7 @@ def test_bitfit_on_bert(name, biases, query_and_intermediate):
 @pytest.mark.parametrize(
     ("name", "head"), [("bert-base-2", 1_538), ("bert-large-2", 2_050), ("roberta-base-2", 592_130)]
 )
+@pytest.mark.proves("count", "headonly")
 def test_heads_for_two_labels(name, head):
     adapter = inlay.attach(model(name), inlay.BitFit())
     assert adapter.head_parameters == head
@@ -121,6 +123,7 @@ def test_heads_for_two_labels(name, head):
     ("llama-7b", 64, "linear", 159_907_840, "160M in QLoRA"),
     ("llama-7b", 32, ("attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down"), 56_098_816, "0.83 %"),
 ])  # fmt: skip
+@pytest.mark.proves("count", "lora")
 def test_lora(name, rank, sites, parameters, published):
     assert count(name, inlay.LoRA(rank=rank, sites=sites)) == parameters, published
 
@@ -130,6 +133,7 @@ def test_lora_on_a_fused_projection_as_a_whole_counts_the_same_and_is_another_ma
     assert count("gpt2-medium", inlay.LoRA(rank=4, sites="c_attn")) == 24 * 4 * (1024 + 3 * 1024) == 393_216
 
 
+@pytest.mark.proves("count", "dora")
 def test_dora():
     """LLaMA-7B, rank 32: one magnitude for each of 27,392 outputs a layer more than LoRA. 0.846 % of the base."""
     sites = ("attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down")
@@ -138,6 +142,7 @@ def test_dora():
     assert round(100 * found / 6_738_415_616, 3) == 0.846
 
 
+@pytest.mark.proves("count", "adalora")
 def test_adalora():
     """Init rank 12, 72 matrices; 1.27M and 0.32M in the paper are what the target ranks 8 and 2 keep on average."""
     adapter = inlay.attach(model("deberta-v3-base"), inlay.AdaLoRA(init_rank=12, target_rank=8, sites=SIX))
@@ -146,6 +151,7 @@ def test_adalora():
     adapter.detach()
 
 
+@pytest.mark.proves("count", "diffpruning")
 def test_diff_pruning_trains_more_than_everything_and_keeps_little():
     """A value and a gate for every weight and bias of BERT-large's 24 · 6 projections, and two gates a projection."""
     weights = 24 * (4 * 1024 * 1024 + 2 * 1024 * 4096)

@@ -54,6 +54,7 @@ def train(model, adapter, steps, lr=0.01):
 
 @pytest.mark.parametrize("structured", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.proves("oracle", "diffpruning")
 def test_equals_dense(family, structured):
     model, adapter = attached(family, structured=structured, sites="linear")
     randomise(adapter)

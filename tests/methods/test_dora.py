@@ -33,6 +33,7 @@ def pieces_of(adapter):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bert", "t5", "gpt_neox"])
+@pytest.mark.proves("oracle", "dora")
 def test_equals_dense_on_all_linear_layers(family):
     model = tiny(family, "mlm" if family == "bert" else None)
     adapter = inlay.attach(model, inlay.DoRA(rank=3, alpha=6))

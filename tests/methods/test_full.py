@@ -19,6 +19,8 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("family", "task"), FAMILIES)
+@pytest.mark.proves("count", "full")
+@pytest.mark.proves("oracle", "full")
 def test_trains_every_parameter_exactly_as_training_the_model_does(family, task):
     """Two steps of SGD: the same logits, tied weights included."""
     model = tiny(family, task, tie_word_embeddings=True) if task != "cls" else tiny(family, task)
@@ -79,6 +81,27 @@ def test_head_only_trains_the_head_and_is_refused_where_there_is_none():
     assert head.trained_parameters == 32 * 32 + 32 + 32 * 3 + 3
     with pytest.raises((MethodError, SiteError)):
         inlay.attach(tiny("llama"), inlay.HeadOnly())
+
+
+@pytest.mark.proves("oracle", "headonly")
+@pytest.mark.parametrize(("family", "head"), [("bert", "classifier"), ("roberta", "classifier"), ("llama", "score")])
+def test_head_only_is_training_the_head_of_a_frozen_model(family, head):
+    """Two steps of SGD on the model's own head, everything else frozen: the same logits."""
+    model = tiny(family, "cls")
+    twin = copy.deepcopy(model).requires_grad_(False)
+    own = list(twin.get_submodule(head).requires_grad_(True).parameters())
+    adapter = inlay.attach(model, inlay.HeadOnly())
+    for net, parameters in ((model, adapter.parameters()), (twin, own)):
+        optimizer = torch.optim.SGD(parameters, lr=0.5)
+        for seed in (0, 1):
+            net(**batch(model, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        wanted, got = (net(**batch(model, labels=False)).logits for net in (twin, model))
+        base = without_adapters(model)(**batch(model, labels=False)).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert (got - base).abs().max() > 1e-2
 
 
 def test_a_quantised_module_is_refused():

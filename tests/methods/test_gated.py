@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +55,7 @@ def test_auto_takes_the_form_that_is_right_for_the_model():
     assert Gate(site(False), 4, "auto").form == "mean"
 
 
+@pytest.mark.proves("oracle", "unipelt")
 def test_the_gated_low_rank_replaces_alpha_over_rank_by_the_gate():
     model = tiny("bert")
     adapter = inlay.attach(model, inlay.Inlay(form="low_rank", size=2, sites="attn.q", composition="gated"), head=None)
@@ -105,6 +109,7 @@ def test_cached_decoding_equals_one_pass(family):
     torch.testing.assert_close(second, whole[:, 4:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.proves("oracle", "unipelt")
 def test_a_prefix_gate_per_token_is_a_gated_sum_for_each_query():
     """softmax([g q P_k^T, q K^T]) [g P_v; V], row by row."""
     model = tiny("llama")
@@ -156,6 +161,7 @@ def meta(config, kind):
         return kind(config)
 
 
+@pytest.mark.proves("count", "mam", "unipelt", "inlay")
 def test_published_counts():
     bert = transformers.BertConfig()
     direct = inlay.attach(meta(bert, transformers.BertModel), UniPELT(mid=None))
@@ -172,6 +178,7 @@ def test_published_counts():
     assert base.trained_parameters == 22_493_984
 
 
+@pytest.mark.proves("oracle", "mam")
 def test_mam_is_its_two_parts():
     model = tiny("bart")
     mam = inlay.attach(model, inlay.MAM(length=3, mid=None, size=4), name="mam")
@@ -189,15 +196,47 @@ def test_mam_is_its_two_parts():
         assert torch.equal(a, model(**inputs).logits)
 
 
-def test_a_cell_that_no_method_names():
-    model = tiny("llama")
-    adapter = inlay.attach(
-        model,
-        inlay.Inlay(form="low_rank", size=3, sites="ffn", composition="gated") + inlay.Inlay(form="kv_relu", size=4),
-    )
-    inputs = batch(model)
-    model(**inputs).loss.backward()
-    assert all(p.grad is not None for p in adapter.parameters())
+def test_the_example_of_a_cell_that_no_method_names():
+    """The code of docs/design_space.md runs as it stands there, and does what the page says."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "design_space.md"
+    code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    names: dict[str, object] = {}
+    exec("\n".join(code), names)
+    adapter, losses = names["adapter"], names["losses"]
+    assert losses[-1] < 0.95 * losses[0]
+    assert {s.name for s in adapter.sites} == {"ffn", "heads"}
+    assert len(names["values"]) == 2
+    with pytest.raises(MergeError, match=r"no weight holds|more between"):
+        adapter.merge()
+
+
+@pytest.mark.proves("oracle", "inlay")
+@pytest.mark.parametrize(("cell", "named"), [
+    ({"form": "low_rank", "size": 2, "sites": ("attn.q", "attn.v"), "composition": 4.0},
+     inlay.LoRA(rank=2, alpha=8.0, sites=("attn.q", "attn.v"))),
+    ({"form": "bottleneck", "size": 3, "sites": ("attn", "ffn"), "insertion": "sequential"},
+     inlay.Bottleneck(size=3, activation="relu")),
+    ({"form": "bottleneck", "size": 3, "composition": "learned"}, inlay.Bottleneck.parallel(3, scale="learned")),
+    ({"form": "kv", "size": 3}, inlay.Prefix(length=3)),
+    ({"form": "kv_relu", "size": 3}, inlay.MultiHead(length=3)),
+])  # fmt: skip
+def test_the_rows_of_the_table_are_the_methods_they_name(cell, named):
+    """He et al.'s table 1: a cell has the function and the gradients of the method, which has an oracle of its own."""
+    model = tiny("bart")
+    ours, theirs = inlay.attach(model, inlay.Inlay(**cell), name="cell"), inlay.attach(model, named, name="named")
+    shake(ours)
+    with torch.no_grad():
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            b.copy_(a)
+    found = []
+    for adapter in (ours, theirs):
+        with inlay.use(model, adapter.name):
+            logits = model(**features(model)).logits
+            logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in adapter.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_parallel_low_rank_on_projections_is_lora_and_merges():

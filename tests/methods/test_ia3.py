@@ -37,6 +37,7 @@ def scaled(plain, adapter):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert", "opt", "t5", "bart"])
+@pytest.mark.proves("oracle", "ia3")
 def test_equals_rescaled_weights(family):
     model = tiny(family, "mlm" if family == "bert" else None)
     adapter = inlay.attach(model, inlay.IA3())
@@ -52,6 +53,7 @@ def test_equals_rescaled_weights(family):
 
 
 @pytest.mark.parametrize("tap", ["attn.v", "ffn.down:input"])
+@pytest.mark.proves("oracle", "ia3")
 def test_gradient_of_l(tap):
     """∂L/∂l_i = Σ over tokens of y_i ∂L/∂(l y)_i, by central differences in fp64."""
     model = tiny("gpt2", dtype=torch.float64)
@@ -95,6 +97,7 @@ def test_places_and_counts():
 @pytest.mark.parametrize(("name", "d_kv", "heads", "d_ff", "published"), [
     ("T0-3B", 64, 32, 5120, 540_672), ("T0-11B", 64, 64, 10240, 1_081_344),
 ])  # fmt: skip
+@pytest.mark.proves("count", "ia3")
 def test_published_counts(name, d_kv, heads, d_ff, published):
     config = transformers.T5Config(
         d_model=d_kv * heads, d_kv=d_kv, d_ff=d_ff, num_layers=24, num_heads=heads, vocab_size=32128,

@@ -19,6 +19,7 @@ def lora(scale):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "t5", "modernbert"])
+@pytest.mark.proves("oracle", "lora")
 def test_equals_dense_on_all_linear_layers(family):
     model = tiny(family, "mlm" if family in ("bert", "modernbert") else None)
     adapter = inlay.attach(model, inlay.LoRA(rank=3, alpha=6, sites="linear"))

@@ -14,6 +14,7 @@ from tiny import FAMILIES, batch, tiny
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.proves("oracle", "multihead")
 def test_equals_its_equation_in_value_and_gradient(family, scaled):
     attn = "eager" if scaled else "sdpa"
     model = tiny(family, attn=attn)
@@ -60,6 +61,7 @@ def test_the_query_is_the_one_of_the_scores_wherever_a_model_scales_it():
         torch.testing.assert_close(flat, projected[0] * factor)
 
 
+@pytest.mark.proves("count", "multihead")
 def test_counts_equal_those_of_a_prefix():
     """He et al.: equal parameters for equal length; with grouped heads there are more query heads than key heads."""
     with torch.device("meta"):

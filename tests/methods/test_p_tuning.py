@@ -25,6 +25,7 @@ def bert_base(**config):
 
 
 class TestCounts:
+    @pytest.mark.proves("count", "ptuning")
     def test_lama_encoder_of_the_paper(self):
         """6,912 values are stored of 8,278,272 that are trained, with 9 tokens at width 768."""
         method = inlay.PTuning(template="{prompt:3} [MASK] {prompt:3} {subject} {prompt:3}")
@@ -44,6 +45,7 @@ class TestCounts:
         assert adapter.stored_parameters == 6_912
 
 
+@pytest.mark.proves("oracle", "ptuning")
 def test_the_encoder_is_the_published_one():
     """h = MLP(BiLSTM(E)), against a plain LSTM and the two layers written out."""
     adapter = inlay.attach(tiny("llama"), inlay.PTuning(template="{prompt:4} {text}"))
@@ -64,6 +66,7 @@ def test_the_encoder_is_the_published_one():
     ("family", "task", "kind"),
     [("llama", "causal", "CAUSAL_LM"), ("bert", "token", "TOKEN_CLS"), ("t5", "seq2seq", "SEQ_2_SEQ_LM")],
 )
+@pytest.mark.proves("oracle", "ptuning")
 def test_logits_equal_those_of_peft(family, task, kind, encoder):
     """PEFT's encoders have other layers, but what both store is the n x d result."""
     model = tiny(family, task)

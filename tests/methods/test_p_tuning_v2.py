@@ -13,6 +13,7 @@ from tiny import LABELS, batch, tiny
 
 
 @pytest.mark.parametrize(("length", "count"), [(8, 393_216), (20, 983_040), (128, 6_291_456)])
+@pytest.mark.proves("count", "ptuningv2")
 def test_counts_on_bert_large(length, count):
     config = transformers.BertConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
@@ -35,6 +36,25 @@ def test_starts_as_published_and_the_mlp_is_an_option():
     method = inlay.PTuningV2(length=3, mid=5, dropout=0.2)
     assert from_spec(method.spec()) == method
     assert "2110.07602" in inlay.citation(method)
+
+
+@pytest.mark.proves("oracle", "ptuningv2")
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_is_the_function_of_a_prefix_in_value_and_gradient(family):
+    """Which is held to He et al.'s equation 7 in test_prefix.py; only the start, dropout and the head differ."""
+    model = tiny(family, "cls")
+    deep = inlay.attach(model, inlay.PTuningV2(length=3), name="deep", head=None)
+    prefix = inlay.attach(model, inlay.Prefix(length=3), name="prefix", head=None)
+    prefix.load_state_dict({n.replace("p_tuning_v2", "prefix"): t.clone() for n, t in deep.state_dict().items()})
+    found = {}
+    for adapter in (deep, prefix):
+        with inlay.use(model, adapter.name):
+            logits = model(**features(model)).logits
+            logits.square().sum().backward()
+        found[adapter.name] = [logits.detach(), *(p.grad for p in adapter.parameters())]
+    for ours, wanted in zip(found["deep"], found["prefix"], strict=True):
+        assert wanted.any()
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama", "modernbert"])

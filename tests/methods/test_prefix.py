@@ -41,6 +41,7 @@ def assert_equals_oracle(model, adapter, prefixes_of, attn="sdpa"):
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.proves("oracle", "prefix")
 def test_equals_equation_7_in_value_and_gradient(family, attn):
     model = tiny(family, attn=attn)
     adapter = attach(model)
@@ -109,6 +110,7 @@ def bart_large():
         (lambda: bert("base"), {"length": 30, "mid": 512}, 9_872_384, 552_960),
     ],
 )
+@pytest.mark.proves("count", "prefix")
 def test_counts(model, settings, trained, stored):
     adapter = inlay.attach(model(), inlay.Prefix(**settings), head=None)
     assert adapter.trained_parameters == trained

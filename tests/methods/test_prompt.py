@@ -125,6 +125,7 @@ PUBLISHED = {"small": 51_200, "base": 76_800, "large": 102_400, "xl": 204_800, "
 
 
 @pytest.mark.parametrize("size", T5)
+@pytest.mark.proves("count", "prompt")
 def test_counts_of_t5_with_the_papers_hundred_tokens(size):
     """0.0037 % of the 11,135,332,352 parameters of XXL; PEFT allocates twice as many and trains half of them."""
     width = T5[size]
@@ -169,6 +170,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize(("family", "task"), TASKS)
+@pytest.mark.proves("oracle", "prompt")
 def test_logits_loss_and_gradient_equal_those_of_peft(family, task):
     model = tiny(family, task)
     theirs = peft_model(copy.deepcopy(model), "prompt", TASKS[family, task])
