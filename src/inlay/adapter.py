@@ -15,9 +15,10 @@ from inlay.build import HEAD, Built, build, heads
 from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError, nearest
 from inlay.hosts import insert
 from inlay.hosts.base import Host, is_intact, remove
-from inlay.hosts.model import ModelHost, hosts_rows
+from inlay.hosts.model import ModelHost, hosts_rows, tell_padding
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
+from inlay.sharded import fill, is_sharded, whole
 from inlay.state import STATE, State, Use, adapters, known_name, require, state_of, use
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Adapter:
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for key, piece in self.pieces.items():
-            for name, tensor in piece.stored().items():
+            for name, part in piece.stored().items():
+                tensor = whole(part)
                 storage = tensor.data_ptr() if tensor.numel() and not tensor.is_meta else -id(tensor)
                 if storage not in seen:
                     seen.add(storage)
@@ -106,7 +108,7 @@ class Adapter:
             )
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+                fill(tensor, tensors[name])
 
     def save(self, path: str | Path, format: str = "native", **options: Any) -> Path:
         """Writes the adapter folder; it appears whole or not at all.
@@ -260,8 +262,11 @@ def _refuse_sharded(model: nn.Module) -> None:
                 "adapter's gradients. Attach first, then wrap."
             )
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise AttachmentError(f"{name} is sharded already (DTensor): attach first, then call fully_shard.")
+        if is_sharded(parameter):
+            raise AttachmentError(
+                f"{name} is sharded already (DTensor): an adapter attached now would not be, and its gradient would "
+                "differ between the processes without a word. Attach first, then call fully_shard."
+            )
 
 
 def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> None:
@@ -273,7 +278,7 @@ def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> N
         adapter.paths.append(site.leave)
         if piece.needs_padding:
             piece.__dict__["padding"] = state.padding
-            hosts_rows(model)
+            tell_padding(model, state.padding)
     if any(site.kind == "attention" for site in adapter.sites):
         from inlay.hosts.attention import enable
 

@@ -175,6 +175,8 @@ class RunConfig(BaseModel):
     """fp16 autocast with loss scaling, for GPUs without bf16"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass to save memory"""
+    fsdp: bool = False
+    """share the frozen weights among the processes of torchrun or accelerate launch (FSDP2)"""
     torch_compile: bool = False
     """compile the model first"""
     seed: int = Field(42, ge=0, lt=2**32)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import inlay
+from children import fork, wait
 from inlay import folders
 from inlay.train import checkpoint
 from inlay.train.checkpoint import RunState
 from tiny import tiny
-from torture.forks import fork, wait
 
 KILL, HALF, SPACE, PERMISSION, IO = range(5)
 

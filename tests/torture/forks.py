@@ -6,46 +6,13 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from children import fork, wait
 from inlay.config_loading import load
 from inlay.train.run import train
-
-
-def fork(act: Callable[[], None], log: Path) -> int:
-    """Run `act` in a child process whose output goes to a file; returns its process number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork beside threads
-        child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        act()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    except BaseException as error:
-        traceback.print_exc()
-        code = int(getattr(error, "exit_code", 1))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    """The exit code of a child, -n for signal n."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class World:

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+from children import wait
 from inlay.train import checkpoint
 from tiny import tiny
-from torture.forks import World, contents, moment, remove, wait
+from torture.forks import World, contents, moment, remove
 from train.worlds import data_file, tokenizer
 
 pytestmark = pytest.mark.torture

@@ -82,11 +82,11 @@ class Rows:
     def __len__(self) -> int:
         return -(-self.count // self.batch)
 
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, n: int, start: int = 0, step: int = 1) -> Iterator[Batch]:
         order = list(range(self.count))
         if self.shuffle:
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + n)).tolist()
-        for at in range(start, len(self)):
+        for at in range(start, len(self), step):
             yield self.rows(order[at * self.batch : (at + 1) * self.batch])
 
     def rows(self, indices: list[int]) -> Batch:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from inlay.verbalizer import Verbalizer
+
 Ints = NDArray[np.int64]
 
 POOL = 50
@@ -62,6 +64,8 @@ class Batches:
         pad_token_id: fills up rows; masked where the model takes a mask.
         task: decides what labels are.
         device: where the tensors go.
+        words: of a language model that answers with a word: which words stand for the classes. Each row then holds
+            `answer_at` [B], the position that is read, and `answer_ids` [B, C, W], the words of each class (-1: none).
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Batches:
         pad_token_id: int,
         task: str,
         device: torch.device | str | None = None,
+        words: Verbalizer | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; expected 1 or more")
@@ -88,6 +93,7 @@ class Batches:
         self.mask_dtype: torch.dtype | None = None
         self._shuffle, self._drop_last, self._grouped = shuffle, drop_last, group_by_length
         self._multiple, self._pad, self._device = pad_to_multiple_of, pad_token_id, device
+        self._words = words
         self._plan: tuple[int, list[list[Ints]]] | None = None
 
     def __len__(self) -> int:
@@ -102,9 +108,9 @@ class Batches:
             self._plan = epoch, self._make_plan(epoch)
         return self._plan[1]
 
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `n` from batch `start` on; nothing before it is read."""
-        for index in range(start, len(self.plan(n))):
+    def epoch(self, n: int, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every `step`-th batch of epoch `n` from batch `start` on; nothing else is read."""
+        for index in range(start, len(self.plan(n)), step):
             yield self.batch(n, index)
 
     def batch(self, epoch: int, index: int) -> Batch:
@@ -118,6 +124,8 @@ class Batches:
             rows = [[i] for i in indices]
             limit = max(self.encoded.max_length, int(self.encoded.lengths[indices].max()))
             inputs = collate([self.encoded[i] for i in indices], self.task, self._pad, self._multiple, limit)
+        if self._words is not None:
+            inputs |= _answers(self._words, inputs)
         targets = count_targets(inputs, self.task, len(indices))
         if self._device is not None:
             inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
@@ -248,6 +256,17 @@ def count_targets(inputs: Mapping[str, Tensor], task: str, rows: int) -> int:
         labels = inputs["labels"][:, 1:] if task == CAUSAL else inputs["labels"]  # nothing predicts a first token
         return int((labels != MASKED).sum())
     return rows
+
+
+def _answers(words: Verbalizer, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where a language model answers in each row, and the tokens of each class."""
+    import torch
+
+    at_B = words.positions(inputs, "last" if words.mask_id is None else "mask")
+    ids_CW = torch.full((len(words.ids), max(map(len, words.ids))), -1)
+    for number, ids in enumerate(words.ids):
+        ids_CW[number, : len(ids)] = torch.tensor(ids)
+    return {"answer_at": at_B, "answer_ids": ids_CW.repeat(len(at_B), 1, 1)}
 
 
 def pad_prompts(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inlay.anatomy.assemble import head_of
 from inlay.anatomy.probe import modules_of, static_leaves
 from inlay.quant.bridge import is_quantized
+from inlay.sharded import whole
 
 TENSORS = 24
 VALUES = 8
@@ -73,7 +74,7 @@ def _spread(candidates: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Pa
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+    flat = whole(parameter.detach()).reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel())).long().to(flat.device)
     return flat[index].float().cpu()
 

@@ -26,6 +26,7 @@ from inlay.errors import FormatError, nearest
 from inlay.folders import write_folder
 from inlay.formats.fingerprint import differences, fingerprint
 from inlay.methods.base import from_spec
+from inlay.sharded import fill, is_sharded, whole, writes
 from inlay.state import state_of
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ def save(adapter: Adapter, path: Path, *, keep_training_state: bool = False) -> 
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / CONFIG).exists())):
         raise FormatError(f"{path} is there already and is no adapter folder; choose another path or remove it.")
     tensors = adapter.state_dict() if keep_training_state else adapter.stored()
-    tensors = {name: t.detach().to("cpu").contiguous() for name, t in _once(tensors).items()}
+    tensors = {name: whole(t.detach()).to("cpu").contiguous() for name, t in _once(tensors).items()}
     blob = save_tensors(tensors, {"format": "pt"})
     config = _config(adapter, tensors, keep_training_state, blob)
+    if any(is_sharded(parameter) for parameter in adapter.parameters()) and not writes():
+        return path  # every process has gathered, one writes
 
     def fill(folder: Path) -> None:
         (folder / TENSORS).write_bytes(blob)
@@ -97,6 +100,16 @@ def load(
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
     return adapter
+
+
+def refill(adapter: Adapter, path: Path) -> None:
+    """Puts the tensors of a folder into an adapter that is attached already, of the same method and sites.
+
+    Raises:
+        FormatError: the folder is damaged, or was saved by an adapter of another form.
+    """
+    config = read_config(path)
+    _fill(adapter, read_tensors(path, config), bool(config["training_state"]), path)
 
 
 def base_of(adapter: Adapter) -> dict[str, Any]:
@@ -216,7 +229,7 @@ def _fill(adapter: Adapter, tensors: dict[str, Tensor], training_state: bool, pa
         _compare(wanted, {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                fill(own[name], tensor)
         return
     first = _first_names(adapter)
     specs = {
@@ -242,7 +255,7 @@ def _first_names(adapter: Adapter) -> dict[str, str]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() and not tensor.is_meta else -id(tensor)
+    return tensor.data_ptr() if tensor.numel() and not tensor.is_meta and not is_sharded(tensor) else -id(tensor)
 
 
 def resize_heads(adapter: Adapter, tensors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from inlay.train import metrics
-from inlay.train.loop import EvaluationStopped
+from inlay.train.contracts import EvaluationStopped
+from inlay.train.distributed import Team, is_sharded
 from inlay.train.loss import IGNORED, forward, loss_of
 from inlay.train.signals import StopRequest
 
@@ -47,7 +49,7 @@ class Evaluator:
     ) -> None:
         self.model, self.sets, self.batches, self.task = model, sets, batches, task
         self.tokenizer, self.autocast, self.stop = tokenizer, autocast, stop
-        self.accelerator, self.after = accelerator, after
+        self.team, self.after = Team(accelerator) if accelerator is not None else None, after
 
     def __call__(self, step: int) -> dict[str, dict[str, float]]:
         """Metrics of every set, and what is to be done after each. Random states are as before."""
@@ -80,8 +82,10 @@ class Evaluator:
                     batch.indices, _gold(batch.inputs, self.task, encoded, batch.indices), strict=True
                 ):
                     gold[int(index)] = truth
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
-            loss_sum, targets, right, predicted, gold = _gathered(loss_sum, targets, right, predicted, gold)
+        if self.team is not None and self.team.size > 1:
+            parts = self.team.gathered((loss_sum, targets, right, predicted, gold))
+            loss_sum, targets, right = (sum(part[i] for part in parts) for i in range(3))
+            predicted, gold = ({k: v for part in parts for k, v in part[i].items()} for i in (3, 4))
         loss_mean = loss_sum / max(targets, 1)
         order = sorted(predicted)
         return {"loss": loss_mean} | self._scores(
@@ -101,16 +105,25 @@ class Evaluator:
         return metrics.answers(predicted, gold)
 
     def _outputs(self, encoded: Any) -> Iterator[tuple[Any, Any]]:
-        world = 1 if self.accelerator is None else self.accelerator.num_processes
-        rank = 0 if self.accelerator is None else self.accelerator.process_index
-        for number, batch in enumerate(self.batches(encoded).epoch(0)):
-            if number % world != rank:
-                continue
-            if world == 1 and self.stop is not None and self.stop.signum is not None:
+        """This process's batches with what the model makes of them; all processes make as many rounds."""
+        batches, team = self.batches(encoded), self.team
+        alone = team is None or team.size == 1
+        own = iter(batches.epoch(0) if team is None or alone else batches.epoch(0, start=team.rank, step=team.size))
+        for _ in itertools.count() if team is None or alone else range(-(-len(batches) // team.size)):
+            signum = 0 if self.stop is None else self.stop.signum or 0
+            if signum if team is None else team.largest(signum):
                 raise EvaluationStopped
-            with torch.no_grad(), self.autocast():
-                output = forward(self.model, batch.inputs, self.task)
-            yield batch, output
+            batch = next(own, None)
+            if batch is not None:
+                yield batch, self._forward(batch)
+            elif alone:
+                return
+            elif is_sharded(self.model):  # weights are gathered from all processes
+                self._forward(next(iter(batches.epoch(0))))
+
+    def _forward(self, batch: Any) -> Any:
+        with torch.no_grad(), self.autocast():
+            return forward(self.model, batch.inputs, self.task)
 
 
 def _same_random_state() -> AbstractContextManager[None]:
@@ -163,19 +176,3 @@ def _spans(output: Any, inputs: Mapping[str, Tensor], tokenizer: Any, longest: i
         start, end = divmod(best, length)
         texts.append("" if end == 0 else tokenizer.decode(ids[start : end + 1], skip_special_tokens=True).strip())
     return texts
-
-
-def _gathered(
-    loss: float, targets: int, right: int, predicted: dict[int, Any], gold: dict[int, Any]
-) -> tuple[float, int, int, dict[int, Any], dict[int, Any]]:
-    """The parts of all processes together."""
-    from accelerate.utils import gather_object
-
-    parts = gather_object([(loss, targets, right, predicted, gold)])
-    return (
-        sum(p[0] for p in parts),
-        sum(p[1] for p in parts),
-        sum(p[2] for p in parts),
-        {k: v for p in parts for k, v in p[3].items()},
-        {k: v for p in parts for k, v in p[4].items()},
-    )

@@ -2,7 +2,7 @@
 
 The gradient is that of Σ loss / Σ targets over a group, whatever the sizes of its batches, so g batches of b rows give
 the gradient of one batch of g·b rows. With W processes a group is g·W consecutive batches of which each process takes
-every W-th, so the order of the data does not depend on W.
+every W-th, and what is drawn at random for a batch follows from its place in the data: neither depends on W.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from inlay.config import RunConfig
 from inlay.errors import TrainingError
 from inlay.train import checkpoint
 from inlay.train.checkpoint import Interrupted, RunState
+from inlay.train.contracts import Adapter, Batch, Batches, Evaluate, EvaluationStopped
+from inlay.train.distributed import Team, is_sharded
 from inlay.train.guards import Guards, non_finite_rows
 from inlay.train.loss import forward, loss_of
 from inlay.train.metrics import MAIN, better, greater_is_better
@@ -34,51 +37,15 @@ from inlay.train.signals import StopRequest
 from inlay.train.trackers import Tracker
 
 
-class Batch(Protocol):
-    """One batch: tensors for the model (with labels), the examples it holds, how many targets they have, and which of
-    them stand in each row."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one optimizer step learns from: this process's batches, and the counts of all processes together."""
 
-    @property
-    def inputs(self) -> dict[str, Tensor]: ...
-
-    @property
-    def indices(self) -> list[int]: ...
-
-    @property
-    def targets(self) -> int: ...
-
-    @property
-    def rows(self) -> list[list[int]]: ...
-
-
-class Batches(Protocol):
-    """The training data: `epoch(n, start)` yields the same batches for the same n, from batch `start` on."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]: ...
-
-
-class Adapter(Protocol):
-    """What the loop needs of the adapter that it trains."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
-
-    def save(self, path: Path) -> Any: ...
-
-
-class EvaluationStopped(Exception):
-    """A signal came while evaluating; the evaluation will be done again on resume."""
-
-
-Evaluate = Callable[[int], dict[str, dict[str, float]]]
-"""step -> metrics of each held-out set; must not touch any random state."""
+    own: list[Batch]
+    batches: int
+    targets: int
+    rows: int
+    tokens: int
 
 
 class Loop:
@@ -91,7 +58,7 @@ class Loop:
         train: the batches.
         origin: row index -> where the row stands in the user's file.
         evaluate: measures the held-out sets, or None.
-        accelerator: accelerate's engine.
+        accelerator: accelerate's engine, which knows the device and the other processes.
         display, trackers: who is told.
         stop: signals.
         run: the run folder; None keeps nothing (the baseline).
@@ -119,16 +86,17 @@ class Loop:
         self.config, self.task = config, config.task
         self.adapter, self.train, self.tokens = adapter, train, tokens
         self.evaluate = evaluate
-        self.accelerator, self.display, self.trackers = accelerator, display, trackers
+        self.team, self.display, self.trackers = Team(accelerator), display, trackers
         self.stop = stop or StopRequest()
         self.run, self.identity = run, dict(identity or {})
-        self.total_steps = total_steps(config, len(train), accelerator.num_processes)
+        self.total_steps = total_steps(config, len(train), self.team.size)
         self.parameters = list(adapter.parameters())
+        self.team.share_start(self.parameters)
         self.optimizer = build_optimizer(adapter, config)
         name, rising = config.lr_scheduler_type or "linear", warmup_steps(config, self.total_steps)
         self.schedule = build_schedule(self.optimizer, name, rising, self.total_steps, dict(config.lr_scheduler_kwargs))
-        self.model: nn.Module = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
-        self.scaler = torch.amp.GradScaler(accelerator.device.type) if config.fp16 else None
+        self.model = model
+        self.scaler = torch.amp.GradScaler(self.team.device.type) if config.fp16 else None
         self.guards = Guards(dict(adapter.named_parameters()), origin)
         self.state, self.rate = RunState(), 0.0
         self.metric = config.metric_for_best_model or MAIN[self.task]
@@ -137,6 +105,11 @@ class Loop:
 
     def fit(self) -> RunState:
         """Train to the end. Raises `Interrupted` after a signal, once a checkpoint is on disk."""
+        go_on = f"Go on from the newest checkpoint with: inlay train --resume {self.run}" if self.run else ""
+        with self.team.watched(go_on):
+            return self._fit()
+
+    def _fit(self) -> RunState:
         state, first = self.state, self.state.step
         self.model.train()
         self._evaluate_if_due()
@@ -157,56 +130,71 @@ class Loop:
                 state.epoch, state.batch = state.epoch + 1, 0
         return state
 
-    def _groups(self) -> Iterator[list[Batch]]:
-        """The batches of the rest of this epoch, as many at a time as one optimizer step takes."""
-        size = self.config.gradient_accumulation_steps * self.accelerator.num_processes
-        batches = self.train.epoch(self.state.epoch, start=self.state.batch)
-        while group := list(itertools.islice(batches, size)):
-            yield group
+    def _groups(self) -> Iterator[Group]:
+        """The rest of this epoch, as much at a time as one optimizer step takes: this process's part of it."""
+        team, size = self.team, self.config.gradient_accumulation_steps
+        batches = self._own_batches()
+        while True:
+            own = list(itertools.islice(batches, size))
+            for batch in own:
+                self.guards.has_targets(batch.targets, batch.indices, self.state.step + 1, self.config.max_length)
+            counts = [
+                len(own),
+                sum(batch.targets for batch in own),
+                sum(len(batch.indices) for batch in own),
+                sum(self.tokens(i) for batch in own for i in batch.indices),
+            ]
+            if team.size > 1:
+                counts = team.sum(torch.tensor(counts, device=team.device)).tolist()
+            if not counts[0]:
+                return
+            yield Group(own, *counts)
+
+    def _own_batches(self) -> Iterator[Batch]:
+        epoch, start = self.state.epoch, self.state.batch
+        if self.team.size == 1:
+            return self.train.epoch(epoch, start=start)
+        return self.train.epoch(epoch, start=start + self.team.rank, step=self.team.size)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _step(self, group: list[Batch]) -> tuple[float, float]:
+    def _step(self, group: Group) -> tuple[float, float]:
         """Forward, backward and update for one group; returns its mean loss and the norm of its gradient."""
-        for batch in group:
-            self.guards.has_targets(batch.targets, batch.indices, self.state.step + 1, self.config.max_length)
-        targets = sum(batch.targets for batch in group)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine: list[Batch | None] = list(group[rank::world])
-        mine += [None] * (-(-len(group) // world) - len(mine))
+        team, state = self.team, self.state
         parts: list[tuple[Sequence[Sequence[int]], Tensor]] = []
-        total = torch.zeros((), device=self.accelerator.device)
-        for index, own in enumerate(mine):
-            with self._last_one_syncs(index == len(mine) - 1):
-                # A process without a batch of its own takes part with one that weighs nothing.
-                inputs = (group[0] if own is None else own).inputs
-                with autocast(self.config, self.accelerator.device):
-                    output = forward(self.model, inputs, self.task)
-                    loss = loss_of(output, inputs, self.task, self.config.label_smoothing_factor)
-                scaled = loss.total * (world / targets if own is not None else 0.0)
-                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-                if own is not None:
-                    parts.append((own.rows, loss.per_row_B))
-                    total = total + loss.total.detach()
-                del output, loss, scaled
-        total = self.accelerator.reduce(total, "sum")
+        total = torch.zeros((), device=team.device)
+        for index, own in enumerate(group.own):
+            seed_batch(self.config.seed, state.epoch, state.batch + index * team.size + team.rank)
+            loss, loss_B = self._backward(own, 1.0 / group.targets)
+            parts.append((own.rows, loss_B))
+            total = total + loss
+        if team.size > 1 and is_sharded(self.model):
+            # Each pass gathers weights from all processes: one without a batch takes part with one that weighs nothing.
+            for _ in range(-(-group.batches // team.size) - len(group.own)):
+                self._backward(group.own[0] if group.own else next(self.train.epoch(0)), 0.0)
+        team.sum_gradients(self.parameters)
+        total = team.sum(total)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         if self.scaler is None or self._no_overflow():
             stepping.prepare(self.optimizer)  # penalties are part of the gradient that is clipped
         norm = self._clip()
-        mean, norm_value = torch.stack([total / targets, norm.to(total.device)]).tolist()
+        mean, norm_value = torch.stack([total / group.targets, norm.to(total.device)]).tolist()
         if self.scaler is None or not math.isfinite(mean):  # a scaler skips a step whose gradient overflows
             step, rate = self.state.step + 1, float(self.schedule.get_last_lr()[0])
             self.guards.finite(mean, norm_value, step, lambda: non_finite_rows(parts), rate)
         self._update()
-        self._count(group, mean * targets, targets)
+        self._count(group, mean * group.targets)
         return mean, norm_value
 
-    def _last_one_syncs(self, last: bool) -> AbstractContextManager[Any]:
-        if last or self.accelerator.num_processes == 1:
-            return nullcontext()
-        return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
+    def _backward(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        """Add the gradient of `weight` times the summed loss of a batch; returns that sum, and the loss of each row."""
+        with autocast(self.config, self.team.device):
+            output = forward(self.model, batch.inputs, self.task)
+            loss = loss_of(output, batch.inputs, self.task, self.config.label_smoothing_factor)
+        scaled = loss.total * weight
+        (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+        return loss.total.detach(), loss.per_row_B
 
     def _no_overflow(self) -> bool:
         """Whether all gradients are finite: a scaler skips the step otherwise, and a skipped step counts nowhere."""
@@ -232,14 +220,14 @@ class Loop:
         self.guards.note_gradients()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _count(self, group: list[Batch], loss_sum: float, targets: int) -> None:
+    def _count(self, group: Group, loss_sum: float) -> None:
         state = self.state
         state.step += 1
-        state.batch += len(group)
-        state.rows += sum(len(batch.indices) for batch in group)
-        state.tokens += sum(self.tokens(i) for batch in group for i in batch.indices)
+        state.batch += group.batches
+        state.rows += group.rows
+        state.tokens += group.tokens
         state.loss_sum += loss_sum
-        state.target_sum += targets
+        state.target_sum += group.targets
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -265,7 +253,7 @@ class Loop:
             self._tell({"split": "train", **record})
 
     def _tell(self, record: Mapping[str, Any]) -> None:
-        if self.accelerator.is_main_process:
+        if self.team.main:
             for tracker in self.trackers:
                 tracker.log(record)
 
@@ -311,7 +299,7 @@ class Loop:
         if better(self.metric, metrics[self.metric], state.best_metric, config.early_stopping_threshold, greater):
             state.best_metric, state.best_step, state.best = metrics[self.metric], state.step, metrics
             state.not_better = 0
-            if self.run is not None and self.accelerator.is_main_process:
+            if self.run is not None and self.team.main:
                 self.adapter.save(self.run / "best")
         else:
             state.not_better += 1
@@ -337,16 +325,13 @@ class Loop:
             raise Interrupted(f"signal {signum} at step {state.step}{kept if self.run is not None else ''}", signum)
 
     def _signal(self) -> int:
-        signum = self.stop.signum or 0
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([signum], device=self.accelerator.device)
-            signum = int(self.accelerator.gather(flag).max())
-        return signum
+        """The signal that any of the processes has received, or 0."""
+        return self.team.largest(self.stop.signum or 0)
 
     def save(self, *, required: bool = True) -> None:
         """Write a checkpoint of this step. Where that fails and is not required, say so and go on."""
         assert self.run is not None
-        if self.accelerator.is_main_process:
+        if self.team.main:
             try:
                 checkpoint.write(
                     self.run,
@@ -366,7 +351,7 @@ class Loop:
                 if required:
                     raise TrainingError(f"{message}. Earlier checkpoints are whole.") from error
                 self.display.note(f"[bold red]{message}[/]; earlier ones are whole, training goes on")
-        self.accelerator.wait_for_everyone()
+        self.team.wait()
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
@@ -375,6 +360,11 @@ class Loop:
         self.schedule.load_state_dict(document["schedule"])
         if self.scaler:
             self.scaler.load_state_dict(document["scaler"])
+
+
+def seed_batch(seed: int, epoch: int, batch: int) -> None:
+    """Let what is drawn for a batch (dropout) follow from its place alone, whichever process it comes to."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1, np.uint64)[0]))
 
 
 def total_steps(config: RunConfig, batches_per_epoch: int, processes: int = 1) -> int:

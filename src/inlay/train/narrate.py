@@ -12,6 +12,7 @@ from rich.table import Table
 from inlay.describe import base_parameters
 from inlay.train import memory
 from inlay.train.defaults import kind_of
+from inlay.train.distributed import is_sharded
 from inlay.train.metrics import HIGHER_IS_BETTER, MAIN
 from inlay.train.optim import warmup_steps
 from inlay.train.report import size
@@ -55,15 +56,23 @@ class Narrator:
         base = base_parameters(model)
         trained, stored, head = adapter.trained_parameters, adapter.stored_parameters, adapter.head_parameters
         parts = f" (task head {head:,})" if head else ""
-        rows = (config.per_device_train_batch_size or 0) * config.gradient_accumulation_steps
-        rows *= session.accelerator.num_processes
-        epochs = total_steps / max(len(session.train_batches) / config.gradient_accumulation_steps, 1)
+        processes = session.accelerator.num_processes
+        batches = config.gradient_accumulation_steps * processes
+        rows = (config.per_device_train_batch_size or 0) * batches
+        epochs = total_steps / max(len(session.train_batches) / batches, 1)
         precision = ("bf16 autocast, " if config.bf16 else "fp16 autocast, " if config.fp16 else "") + (
             f"{config.quantization} weights" if config.quantization else f"{str(model.dtype)[6:]} weights"
         )
-        needed = memory.estimate(
-            model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
-        )
+        if is_sharded(model):
+            memory_needed = f"weights shared by {processes} processes"
+        else:
+            needed = memory.estimate(
+                model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
+            )
+            memory_needed = (
+                f"about {size(needed.total)} of memory: weights {size(needed.weights)}, gradients "
+                f"{size(needed.gradients)}, optimizer {size(needed.optimizer)}, activations {size(needed.activations)}"
+            )
         new = f"new weights, trained with it: {', '.join(session.new_modules)}" if session.new_modules else ""
         self.fact("method", escape(repr(adapter.method)), *([escape(new)] if new else []))
         self.fact(
@@ -72,9 +81,7 @@ class Narrator:
             f"([bold]{100 * trained / max(base, 1):.2f} %[/])",
             f"{total_steps:,} steps of {rows} rows, about {epochs:.1f} epochs; learning_rate {config.learning_rate:g}, "
             f"{config.lr_scheduler_type} after {warmup_steps(config, total_steps)} steps of warm-up; {config.optim}",
-            f"{session.device}, {precision}; about {size(needed.total)} of memory: weights {size(needed.weights)}, "
-            f"gradients {size(needed.gradients)}, optimizer {size(needed.optimizer)}, "
-            f"activations {size(needed.activations)}",
+            f"{session.device}, {precision}; {memory_needed}",
             f"run folder [bold]{escape(str(run))}[/]",
         )
 

@@ -23,6 +23,7 @@ from inlay.train import checkpoint, report, runfolder, trackers
 from inlay.train.baseline import BASELINE_NAME, head_only
 from inlay.train.checkpoint import RunState
 from inlay.train.defaults import kind_of
+from inlay.train.distributed import Team, is_sharded, shard
 from inlay.train.evaluate import Evaluator
 from inlay.train.generate import Decoding
 from inlay.train.loop import Loop
@@ -68,26 +69,24 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
     narrator = Narrator(console or Console(), quiet=quiet)
     run, start = runfolder.place(config, name)
     with StopRequest() as stop:
-        session = open_session(config, name, narrator.say)
-        run = _same_everywhere(session, run)
+        session = open_session(config, name, narrator.say, _batches_per_step(config, run, start))
+        run = Path(Team(session.accelerator).of_main(str(run)))
         adapter = attach_new(session, method, ADAPTER)
-        _ready_model(session)
+        _ready_model(session, adapter)
         return _Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
 
 
-def _same_everywhere(session: Session, run: Path) -> Path:
-    """The run folder that the main process chose."""
-    if session.accelerator.num_processes == 1:
-        return run
-    from accelerate.utils import broadcast_object_list
-
-    shared = [str(run)]
-    broadcast_object_list(shared)
-    return Path(shared[0])
+def _batches_per_step(config: RunConfig, run: Path, start: Path | None) -> int | None:
+    """How many batches a step of the run has that is to be resumed."""
+    if not config.resume or config.allow_changed:
+        return None
+    start = start or runfolder.newest(run)[0]
+    found = checkpoint.read_state(start)["identity"].get("batches per step") if start is not None else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
-def _ready_model(session: Session) -> None:
-    """What must come after attaching: how packed rows are kept apart, checkpointing, compiling."""
+def _ready_model(session: Session, adapter: Any) -> None:
+    """What must come after attaching: how packed rows are kept apart, checkpointing, sharding, compiling."""
     config, model = session.config, session.model
     if config.packing:
         from inlay.data import find_layout
@@ -96,6 +95,8 @@ def _ready_model(session: Session) -> None:
         session.train_batches.mask_dtype = torch.bfloat16 if config.bf16 else model.dtype
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.fsdp:
+        shard(model, adapter, Team(session.accelerator))
     if config.torch_compile:
         model.compile()
 
@@ -175,6 +176,7 @@ class _Run:
             start, skipped = runfolder.newest(self.run)
         for reason in skipped:
             self.narrator.fact("skipped", escape(reason))
+        self.session.accelerator.wait_for_everyone()  # all have found it before the main process clears up
         changes = []
         if start is not None:
             then = checkpoint.read_state(start)["identity"]
@@ -252,7 +254,7 @@ class _Run:
         if self.session.prepared.evals:
             if kind_of(self.session.task) == "generation":
                 ours |= self._generation()
-            elif self.config.baseline and self.method != BASELINE_NAME:
+            elif self.config.baseline and self.method != BASELINE_NAME and not is_sharded(self.session.model):
                 self.narrator.say("training the task head alone, to compare")
                 result.results["head only"] = head_only(self.session, self.evaluator, loop)
             result.results[title] = ours
@@ -274,10 +276,9 @@ class _Run:
 
     def _take_best(self) -> None:
         """Put the best adapter in the place of the last one, for what is measured from here on."""
-        import inlay
+        from inlay.formats.native import refill
 
-        self.adapter.detach()
-        self.adapter = inlay.load(self.session.model, self.run / "adapter", name=ADAPTER)
+        refill(self.adapter, self.run / "adapter")
 
     def _generation(self) -> dict[str, float]:
         if not self.config.generation_metrics:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.train import metrics
+from inlay.train.distributed import is_sharded
 from inlay.train.generate import Decoding, generate
 from inlay.train.narrate import Narrator, escape
 
@@ -44,10 +45,12 @@ class Samples:
 
     def write(self, step: int, name: str) -> None:
         """Generate after an evaluation of the set `name` at `step`."""
-        if name != self.name or self.path is None:
+        if name != self.name or (self.path is None and not is_sharded(self.model)):
             return
         prompts = [self.encoded.prompt_ids(index) for index, _ in self.prompts]
         texts = dict(generate(self.model, self.tokenizer, prompts, self.decoding, autocast=self.autocast))
+        if self.path is None:
+            return  # it took part in the forward passes, another process writes
         with self.path.open("a", encoding="utf-8") as file:
             for position, (index, references) in enumerate(self.prompts):
                 record = {

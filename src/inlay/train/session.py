@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inlay.config import RunConfig
+from inlay.errors import ConfigError
 from inlay.train import models
 from inlay.train.defaults import resolve_method, resolve_steps
+from inlay.train.distributed import Team, same_step
 from inlay.train.loop import total_steps
 from inlay.train.precision import autocast, resolve_dtype, resolve_precision
 
@@ -58,19 +61,30 @@ class Session:
 
 
 def open_accelerator(config: RunConfig) -> Any:
-    """Accelerate's engine. Precision is ours, so that two runs in one process may differ in it."""
+    """Accelerate's engine: device and processes. Precision is ours, so that two runs in one process may differ in it.
+
+    Raises:
+        ConfigError: the launcher was told to use DeepSpeed.
+    """
     from accelerate import Accelerator
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "inlay train does not run under DeepSpeed: ZeRO 1 and 2 share out the optimizer's state, of which an "
+            "adapter has next to none, and what ZeRO 3 does for the base is `fsdp: true` here. Launch without it, or "
+            "train the adapter with transformers' Trainer and your DeepSpeed configuration."
+        )
     return Accelerator(cpu=config.use_cpu, mixed_precision="no")
 
 
-def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
+def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step: int | None = None) -> Session:
     """Read the data, load the model, decide everything that the configuration left open.
 
     Args:
         config: as the user wrote it.
         method_name: lower-case name of the method, for its defaults.
         say: told what is going on.
+        batches_per_step: of the run that is resumed, whose number of processes may have been another.
 
     Raises:
         DataError, ConfigError: see `inlay.data.prepare` and `models`.
@@ -78,6 +92,9 @@ def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
     from inlay.data import prepare
 
     accelerator = open_accelerator(config)
+    config = same_step(config, batches_per_step, Team(accelerator))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        config = config.model_copy(update={"fsdp": True})
     model_config = models.load_config(config)
     kind = models.kind_of(model_config)
     tokenizer = models.load_tokenizer(config)
@@ -88,7 +105,10 @@ def open_session(config: RunConfig, method_name: str, say: Say) -> Session:
     config = resolve_dtype(config, method_name, getattr(model_config, "dtype", None), accelerator.device)
     say(f"loading {config.model}")
     seed_everything(config.seed)
-    loaded = models.load_model(config, prepared, tokenizer, accelerator.device)
+    # What is sharded is read to the CPU first, so that no device must hold it whole; packing 4-bit weights needs one.
+    whole = config.fsdp and config.quantization is None
+    place = torch.device("cpu") if whole else accelerator.device
+    loaded = models.load_model(config, prepared, tokenizer, place)
     train = batches_of(prepared.train, config, tokenizer, prepared.task, accelerator.device, train=True)
     steps = total_steps(config, len(train), accelerator.num_processes)
     config = resolve_steps(config, steps, held_out=bool(prepared.evals))
