@@ -54,9 +54,12 @@ if TYPE_CHECKING:
     from inlay.methods.prefix import Prefix as Prefix
     from inlay.methods.prompt import Prompt as Prompt
     from inlay.methods.unipelt import UniPELT as UniPELT
+    from inlay.planning.plan import plan as plan
     from inlay.prefix_words import init_prefix_from_words as init_prefix_from_words
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
+    from inlay.quant import load_quantized as load_quantized
+    from inlay.quant import quantize as quantize
     from inlay.state import adapters as adapters
     from inlay.state import use as use
     from inlay.template import Template as Template
@@ -110,6 +113,9 @@ _HOME = {
     "fill_template": "inlay.template",
     "init_prefix_from_words": "inlay.prefix_words",
     "load": "inlay.adapter",
+    "load_quantized": "inlay.quant",
+    "quantize": "inlay.quant",
+    "plan": "inlay.planning.plan",
     "use": "inlay.state",
 }
 

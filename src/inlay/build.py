@@ -44,7 +44,7 @@ def build(model: nn.Module, method: Method, found: Anatomy, at_heads: list[Site]
         pieces: list[tuple[Site, Piece]] = []
         for site in sites:
             frozen = Frozen(modules[site.leave], memo, site.leave)
-            with torch.device(frozen.device):
+            with torch.device(_device(modules, site)):
                 piece = part.build(site, frozen, shared)
             pieces.append((site, piece))
             built.append((_key(tag, site), piece, site))
@@ -55,6 +55,13 @@ def build(model: nn.Module, method: Method, found: Anatomy, at_heads: list[Site]
         if site.leave not in replaced:
             built.append((HEAD, Copy(Frozen(modules[site.leave], memo, site.leave)), site))
     return _distinct(built)
+
+
+def _device(modules: dict[str, nn.Module], site: Site) -> torch.device:
+    """Where a span's weights are; the module it leaves at may have none (a dropout)."""
+    tensors = (p for path in (site.leave, site.enter) if path in modules for p in modules[path].parameters())
+    tensor = next(tensors, None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _key(tag: str, site: Site) -> str:

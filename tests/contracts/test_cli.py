@@ -16,6 +16,8 @@ FLAGS = {
     "generate": "RUN [FILE] --prompt --max-new-tokens --num-beams --sample --temperature --top-p --seed --output"
     " --adapter --cpu --json",
     "data": "FILE... --model --task --columns --max-length --rows --start --on-bad-row --picture",
+    "plan": "--model --method --base --gpu --batch --length --target-length --task --checkpointing --optim --device"
+    " --revision --picture --json",
     "inspect": "MODEL --task --sites --revision",
     "methods": "[NAME] --json",
     "demo": "--method --steps --output-dir --json",

@@ -57,6 +57,9 @@ PUBLIC = [
     "fill_template",
     "init_prefix_from_words",
     "load",
+    "plan",
+    "load_quantized",
+    "quantize",
     "use",
 ]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inlay.anatomy.base import Columns
-from inlay.kernels import dropout
+from inlay.kernels import dropout, triton_select
 from inlay.kernels.frozen import Saved, Storage, storage_of
 from inlay.memo import versions
 
@@ -78,6 +78,8 @@ class LoRALinear:
         bias_O = module.bias
         if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
             return None
+        if len(self.deltas) == 1 and self.columns[0] is None and x.dtype == dtype and triton_select.usable(x):
+            return self._in_triton(x, bias_O, found)
         drops = any(d.dropout and d.training for d in self.deltas)
         shared = x if x.dtype == dtype else cast_once(x, dtype)
         if drops and not dropout.supports(shared):
@@ -89,6 +91,15 @@ class LoRALinear:
         factors = [p for d in self.deltas for p in (d.A, d.B)]
         y: Tensor = _LoRALinear.apply(x, shared, bias_O, self.storage, found, terms, *factors)  # type: ignore[no-untyped-call]
         return y
+
+    def _in_triton(self, x: Tensor, bias_O: Tensor | None, found: tuple[Saved, Any]) -> Tensor:
+        """One piece on a GPU: its sum and its dropout happen inside the large products where that is faster."""
+        from inlay.kernels import triton_lora
+
+        (delta,) = self.deltas
+        weight = triton_lora.frozen_weight(self.storage, *found)
+        p = delta.dropout if delta.training else 0.0
+        return triton_lora.lora_linear(x, weight, bias_O, delta.A, delta.B, delta.scale, p)
 
     def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
         """The frozen module's own output, bit for bit, and the pieces added to it in place."""
@@ -132,21 +143,26 @@ class LoRALinear:
 
 def usable(x: Tensor) -> bool:
     """Whether x is an ordinary tensor outside of functorch's transforms."""
-    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and (x.is_cpu or x.is_cuda or x.is_meta) and not torch._C._are_functorch_transforms_active()
 
 
 def dtype_of(module: Any, x: Tensor, storage: Storage) -> torch.dtype | None:
     """What the projection computes in: the dtype of x, or autocast's; None where the plain form has its own way."""
     device = x.device.type
-    casts = torch.is_autocast_enabled(device)
+    casts = _autocasts(device)
     dtype = torch.get_autocast_dtype(device) if casts else x.dtype
     fits = casts or storage.packed or module.weight.dtype == dtype
     return dtype if fits and dtype in _FLOATS and getattr(module, "compute_dtype", None) in (None, dtype) else None
 
 
+def _autocasts(device: str) -> bool:
+    # torch refuses the question for the meta device, on which costs are planned.
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """The operands have the dtype they shall have. Entering a context costs more than asking."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 class _Last(threading.local):

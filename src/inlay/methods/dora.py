@@ -78,6 +78,8 @@ class DoRADelta(Delta):
         return self._norm.get(lambda: (*self.frozen.version, *versions(self.A, self.B)), self._norm_O)
 
     def _norm_O(self) -> Tensor:
+        if self.A.is_meta:
+            return self.m.detach()
         # A tensor made in inference mode could not be used by a later backward pass. Autocast would round it.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             weight_OI = self._weight()
