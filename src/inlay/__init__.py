@@ -114,8 +114,8 @@ _HOME = {
     "init_prefix_from_words": "inlay.prefix_words",
     "load": "inlay.adapter",
     "load_quantized": "inlay.quant",
-    "quantize": "inlay.quant",
     "plan": "inlay.planning.plan",
+    "quantize": "inlay.quant",
     "use": "inlay.state",
 }
 

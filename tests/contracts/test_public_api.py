@@ -57,8 +57,8 @@ PUBLIC = [
     "fill_template",
     "init_prefix_from_words",
     "load",
-    "plan",
     "load_quantized",
+    "plan",
     "quantize",
     "use",
 ]

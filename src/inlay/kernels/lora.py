@@ -143,7 +143,9 @@ class LoRALinear:
 
 def usable(x: Tensor) -> bool:
     """Whether x is an ordinary tensor outside of functorch's transforms."""
-    return type(x) is Tensor and (x.is_cpu or x.is_cuda or x.is_meta) and not torch._C._are_functorch_transforms_active()
+    return (
+        type(x) is Tensor and (x.is_cpu or x.is_cuda or x.is_meta) and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def dtype_of(module: Any, x: Tensor, storage: Storage) -> torch.dtype | None:
