@@ -1,8 +1,8 @@
 """Many adapters in one batch: inlay beside PEFT's `adapter_names`, in one interleaved run.
 
-    python benchmarks/rows.py [--quick]
+    python benchmarks/rows.py [--quick] [--write benchmarks/rows-DATE.md]
 
-Prints a table of ratios. Every variant of a case is timed in turn, round after round; the figure is the median of each
+Prints a table of ratios, and writes it as a page. Every variant of a case is timed in turn, round after round; the figure is the median of each
 variant's fastest third, so that a neighbour's burst on a shared machine hits all variants alike and counts for none.
 """
 
@@ -29,6 +29,15 @@ SMALL = {
     "vocab_size": 8192,
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+LINES: list[str] = []
+
+
+def say(line: str) -> None:
+    """Prints a line and keeps it for the page."""
+    print(line, flush=True)
+    LINES.append(line)
 
 
 Variants = dict[str, tuple[Callable[[], object], Callable[[], object]]]
@@ -103,7 +112,7 @@ def decode(rows: int, adapters: int, tokens: int, rounds: int) -> None:
     inlay.use(ours, names)
     torch.testing.assert_close(once(), peft_mixed(), rtol=1e-3, atol=1e-4)
     ms = timed(variants, rounds)
-    print(
+    say(
         f"{rows} rows x {tokens:3} tokens, {adapters} adapters   "
         + "  ".join(f"{n} {t:7.2f} ms" for n, t in ms.items())
         + f"   mixed / one {ms['mixed'] / ms['one']:.2f}  mixed / PEFT one {ms['mixed'] / ms['PEFT one']:.2f}"
@@ -143,7 +152,7 @@ def layer(rows: int, width: int, adapters: int, used: int, rounds: int) -> None:
     inlay.use(ours, names)
     ms = timed({"base": (nothing, alone), "mixed": (nothing, mixed), "PEFT mixed": (nothing, peft_mixed)}, rounds)
     ours_added, peft_added = ms["mixed"] - ms["base"], ms["PEFT mixed"] - ms["base"]
-    print(
+    say(
         f"{rows} rows, d {width}, {used} of {adapters} adapters   base {ms['base']:.2f} ms  inlay +{ours_added:.2f}"
         f"  PEFT +{peft_added:.2f}   added / PEFT's {ours_added / peft_added:.2f}"
     )
@@ -169,26 +178,71 @@ def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
                 model(input_ids=part, labels=part).loss.backward()
 
     ms = timed({"together": (nothing, together), "apart": (nothing, apart)}, rounds)
-    print(
+    say(
         f"training {adapters} adapters, {rows} x {tokens} tokens each   together {ms['together']:.1f} ms  "
         f"one after another {ms['apart']:.1f} ms   {ms['apart'] / ms['together']:.2f} x as fast"
     )
+
+
+def attaching(adapters: int) -> None:
+    """What attaching costs on a model of 168 projections, for the first adapters and for the last, beside PEFT."""
+    import peft
+
+    transformers.logging.set_verbosity_error()
+    deep = SMALL | {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 688}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**deep)).eval()
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    theirs = copy.deepcopy(base)
+    ours_ms, peft_ms = [], []
+    start = time.perf_counter()
+    inlay.anatomy(base)
+    anatomy_ms = 1e3 * (time.perf_counter() - start)
+    for i in range(adapters):
+        start = time.perf_counter()
+        inlay.attach(base, inlay.LoRA(rank=8), name=f"a{i}")
+        ours_ms.append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        theirs = peft.get_peft_model(theirs, config, adapter_name="a0") if i == 0 else theirs
+        if i:
+            theirs.add_adapter(f"a{i}", config)
+        peft_ms.append(1e3 * (time.perf_counter() - start))
+
+    def middle(values: list[float]) -> float:
+        return sorted(values)[len(values) // 2]
+
+    say(
+        f"attach on 168 projections: anatomy {anatomy_ms:.0f} ms once; inlay adapters 2 to 9 {middle(ours_ms[1:9]):.1f} ms,"
+        f" last 8 of {adapters} {middle(ours_ms[-8:]):.1f} ms;  PEFT {middle(peft_ms[1:9]):.1f} ms,"
+        f" last 8 {middle(peft_ms[-8:]):.1f} ms"
+    )
+
+
+def write(path: str) -> None:
+    """The lines as a page."""
+    command = f"python benchmarks/rows.py --write {path}"
+    head = f"# Many adapters in one batch\n\n`{command}`; medians of each variant's fastest third, interleaved.\n\n"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(head + "```\n" + "\n".join(LINES) + "\n```\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds only")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: no barriers on a shared machine)")
+    parser.add_argument("--write", metavar="FILE", help="also write the lines as a Markdown page")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds = 6 if options.quick else 30
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     decode(16, 8, 1, rounds * 3)
     decode(16, 8, 64, rounds)
     layer(32, 1024, 32, 20, rounds * 4)
     layer(32, 4096, 32, 17, rounds * 4)
     train(8, 1, 16, rounds)
     train(8, 4, 128, max(rounds // 5, 3))
+    attaching(64)
+    if options.write:
+        write(options.write)
 
 
 if __name__ == "__main__":

@@ -255,18 +255,19 @@ def _check_name(name: str, state: State | None) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+    # Without the pieces of the adapters that are there already: each attach costs what the first did.
+    for path, module in modules_of(model):
         if type(module).__name__ in ("FullyShardedDataParallel", "DistributedDataParallel"):
             raise AttachmentError(
                 f"{path or 'the model'} is wrapped in {type(module).__name__} already: its ranks would not share the "
                 "adapter's gradients. Attach first, then wrap."
             )
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise AttachmentError(
-                f"{name} is sharded already (DTensor): an adapter attached now would not be, and its gradient would "
-                "differ between the processes without a word. Attach first, then call fully_shard."
-            )
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_sharded(parameter):
+                raise AttachmentError(
+                    f"{path}.{name} is sharded already (DTensor): an adapter attached now would not be, and its "
+                    "gradient would differ between the processes without a word. Attach first, then call fully_shard."
+                )
 
 
 def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> None:

@@ -143,6 +143,25 @@ def forward_shape(model: Any, inputs: dict[str, Tensor]) -> tuple[int, ...]:
         return tuple(forward(model, inputs).shape)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "t5"])
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_row_is_generated_as_if_it_were_alone(family: str, beams: int, data: st.DataObject) -> None:
+    model, names = furnished(family)
+    one = st.sampled_from((None, *names))
+    entries = data.draw(st.lists(one, min_size=3, max_size=5))
+    inputs = batch(model, rows=len(entries), length=6, labels=False, padding="left")
+    config = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    with inlay.use(model, entries):
+        together = model.generate(**inputs, **config)
+    for i, name in enumerate(entries):
+        with inlay.use(model, name):
+            alone = model.generate(**row(inputs, i), **config)[0]
+        assert torch.equal(together[i, : len(alone)], alone), f"row {i} of {entries}"
+        assert (together[i, len(alone) :] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

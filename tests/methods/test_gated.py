@@ -12,7 +12,7 @@ import transformers
 
 import inlay
 from inlay.anatomy.base import Site
-from inlay.errors import MergeError
+from inlay.errors import AdapterError, MergeError
 from inlay.methods.gated import Gate, plot_gates, record_gates
 from inlay.methods.unipelt import UniPELT
 from tiny import batch, tiny
@@ -194,6 +194,33 @@ def test_mam_is_its_two_parts():
         with inlay.use(model, "mam"):
             a = model(**inputs).logits
         assert torch.equal(a, model(**inputs).logits)
+
+
+def test_an_encoder_called_by_itself_knows_its_own_padding():
+    """As `generate` calls it: the mask of an earlier batch must not act, whatever its shape."""
+    model = tiny("bart")
+    shake(inlay.attach(model, inlay.UniPELT(rank=2, length=3, mid=8, reduction=8)))
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    padded, mask = torch.nn.functional.pad(ids, (0, 3)), torch.ones(2, 10)
+    mask[:, 7:] = 0
+    encoder = model.get_encoder()
+    with torch.no_grad():
+        model(input_ids=ids[:1], attention_mask=torch.ones(1, 7), decoder_input_ids=ids[:1, :2])
+        alone = encoder(ids, torch.ones(2, 7)).last_hidden_state
+        beside = encoder(padded, attention_mask=mask).last_hidden_state[:, :7]
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
+    inlay.detach(model, "default")
+    assert type(encoder) is transformers.models.bart.modeling_bart.BartEncoder
+
+
+def test_a_part_of_a_model_called_by_itself_is_refused_by_a_mean_gate():
+    model = tiny("bert", "cls")
+    shake(inlay.attach(model, inlay.UniPELT(rank=2, length=3, mid=8, reduction=8)))
+    inputs = batch(model, 2, 7, labels=False)
+    with torch.no_grad():
+        model(**inputs)
+        with pytest.raises(AdapterError, match="padding"):
+            model.bert(**inputs)
 
 
 def test_the_example_of_a_cell_that_no_method_names():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.errors import AdapterError
 from inlay.hosts.base import Host, Hosted, hosted_class
+from inlay.padding import Padding
 from inlay.route import Group
 
 
@@ -68,9 +69,53 @@ class ModelHost(Host):
 
     @staticmethod
     def leave(model: nn.Module) -> None:
-        """Gives the model its own class back, if it is hosted."""
+        """Gives the model, and its encoder, their own classes back, if they are hosted."""
+        encoder = _encoder(model)
+        if isinstance(encoder, EncoderHost):
+            encoder.__dict__.pop(PADDING)
+            encoder.__class__ = type(encoder).base
         if isinstance(model, ModelHost):
             model.__class__ = type(model).base  # type: ignore[assignment]
+
+
+class EncoderHost(Host):
+    """Swapped in as an encoder's class where gates need to know its padding: `generate` calls encoders directly."""
+
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own: Any = cls.__dict__.get("base")
+        if own is None:
+            return
+        cls.takes = _arguments(own.forward)
+
+        @functools.wraps(own.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.__dict__[PADDING].set(_named(self.takes, args, kwargs).get("attention_mask"))
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+
+PADDING = "_inlay_padding"
+
+
+def tell_padding(model: nn.Module, padding: Padding) -> None:
+    """Has the model, and its encoder where it has one, say which positions are padding before they run."""
+    hosts_rows(model)
+    encoder = _encoder(model)
+    if encoder is not None and not isinstance(encoder, Host):
+        encoder.__dict__[PADDING] = padding
+        encoder.__class__ = hosted_class(EncoderHost, type(encoder))
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return encoder if isinstance(encoder, nn.Module) else None
 
 
 def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,7 +125,7 @@ def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, A
         check_rows(state.batch, args, kwargs)
 
     def run(**given: Any) -> Any:
-        state.padding.mask = given.get("attention_mask")
+        state.padding.set(given.get("attention_mask"))
         try:
             return frozen(**given)
         except IndexError as error:
@@ -89,11 +134,16 @@ def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, A
                 "them longer than it has positions, or it looks token ids up in more places than its embedding, and "
                 "then prompt methods cannot be used with it."
             ) from error
+        finally:
+            state.padding.forget()
 
     serving = state.serving
     if serving is None:
-        state.padding.mask = kwargs.get("attention_mask")
-        return frozen(*args, **kwargs)
+        state.padding.set(_named(model.takes, args, kwargs).get("attention_mask"))
+        try:
+            return frozen(*args, **kwargs)
+        finally:
+            state.padding.forget()
     given = _named(model.takes, args, kwargs)
     if not generating:
         from inlay.hosts import prompted

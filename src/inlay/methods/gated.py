@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from inlay.adapter import Adapter
+    from inlay.padding import Padding
 
 GateForm = Literal["auto", "mean", "per_token", "published"]
 
@@ -65,6 +66,10 @@ class Gate(nn.Module):
         mean: Tensor = (g * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
         return mean
 
+    def mask(self, padding: Padding, x: Tensor) -> Tensor | None:
+        """The mask of x, for the one form that leaves padding out."""
+        return padding.mask_for(x) if self.form == "mean" else None
+
 
 class GatedDelta(Delta):
     """g(z) Δ(x, y), where z is what the inner piece itself reads."""
@@ -77,7 +82,7 @@ class GatedDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = x if self.reads == "x" else y if self.reads == "y" else x + y
-        gated: Tensor = self.gate(z, self.padding.mask_for(z)) * self.inner(x, y)
+        gated: Tensor = self.gate(z, self.gate.mask(self.padding, z)) * self.inner(x, y)
         return gated
 
 
@@ -92,7 +97,7 @@ class GatedKV(ExtraKV):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         k, v = self.inner(x)[:2]
-        g = self.gate(x, self.padding.mask_for(x))
+        g = self.gate(x, self.gate.mask(self.padding, x))
         if self.gate.form == "per_token":
             return k, v, g
         return k * g[:, None].to(k.dtype), v * g[:, None].to(v.dtype)
