@@ -16,9 +16,12 @@ from rich.console import Console
 
 from inlay import cli
 from inlay.compare import Comparison, Plan, compare, costs
+from inlay.compare.cell import differences
 from inlay.compare.plan import template_of, variants_of
 from inlay.errors import ConfigError
+from inlay.train import report
 from inlay.train.checkpoint import Interrupted
+from inlay.train.defaults import TABLE
 from inlay.train.loop import Loop
 from train.worlds import data_file, model_folder
 
@@ -41,6 +44,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     monkeypatch.setattr(costs, "ROUNDS", (1, 1))
     monkeypatch.setattr(costs, "NEW_TOKENS", 2)
+    monkeypatch.setattr(report, "plot", lambda run, metric: None)  # nothing here looks at a run's own picture
 
 
 def plan(world: Path, output: Path, methods: str = "lora,full", words: Any = (), **changes: Any) -> Plan:
@@ -54,6 +58,8 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Compariso
     output = tmp_path_factory.mktemp("out") / "c"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "SECONDS", 0.0)
+        patch.setattr(costs, "ROUNDS", (1, 1))
+        patch.setattr(report, "plot", lambda run, metric: None)
         patch.setenv("INLAY_CACHE", str(output.parent / "cache"))
         return compare(plan(world, output, sizes=(None, 12)), quiet=True)
 
@@ -80,6 +86,7 @@ def test_what_is_measured_is_there(finished):
     assert lora.bytes < full.bytes
     assert lora.head == 99
     assert set(lora.inference["batch 6"]) == {"base", "unmerged", "merged"}
+    assert all(value > 0 for value in lora.inference["batch 6"].values())
     assert lora.source == "arXiv:2106.09685"
     if Path("/proc/self/clear_refs").exists() and lora.peak_bytes is not None:
         assert 0 <= lora.peak_bytes < 2**34
@@ -132,7 +139,7 @@ def test_the_same_call_again_runs_nothing_and_more_methods_run_only_those(finish
     assert "6 runs, 4 of them finished before" in told.getvalue()
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished, world):
+def test_other_settings_in_the_same_folder_are_refused(finished, world, monkeypatch):
     with pytest.raises(ConfigError, match=r"another comparison \(max_length was None, is 16\)"):
         compare(plan(world, finished.plan.output, words=["max_length=16"]), quiet=True)
     from inlay.compare.plan import Variant
@@ -142,6 +149,18 @@ def test_other_settings_in_the_same_folder_are_refused(finished, world):
     )
     with pytest.raises(ConfigError, match="lora_all_1 as run with other settings"):
         compare(other, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(TABLE, "lora", TABLE["full"])
+        with pytest.raises(ConfigError, match=r"the default learning_rate was 0\.002, is 0\.0001"):
+            compare(plan(world, finished.plan.output, sizes=(None, 12)), quiet=True)
+
+
+def test_a_setting_that_is_new_since_a_run_has_its_default(finished):
+    record = finished.records[0]
+    config = finished.plan.config(next(finished.plan.cells()), record.config["data"])
+    assert differences({k: v for k, v in record.config.items() if k != "fp16"}, config) == ""
+    assert differences(record.config | {"fp16": True}, config) == "fp16 was True, is False"
+    assert differences(record.config | {"gone": 1}, config) == "gone was 1, is None"
 
 
 def test_a_folder_that_holds_other_things_is_refused(world, tmp_path):
@@ -152,18 +171,18 @@ def test_a_folder_that_holds_other_things_is_refused(world, tmp_path):
 
 
 def test_interrupted_it_goes_on_in_the_middle_of_a_run_with_the_same_result(world, tmp_path, monkeypatch):
-    methods = "ia3,full"
+    methods = "ia3,bitfit"
     straight = compare(plan(world, tmp_path / "straight", methods, inference=False), quiet=True)
     real = Loop._step
 
     def stepping(self: Loop, group: Any) -> tuple[float, float]:
-        if self.state.step == 2 and "full" in str(self.run):
+        if self.state.step == 2 and "bitfit" in str(self.run):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stepping)
-        with pytest.raises(Interrupted, match=r"full_all_1: .*checkpoint-3 is complete") as stopped:
+        with pytest.raises(Interrupted, match=r"bitfit_all_1: .*checkpoint-3 is complete") as stopped:
             compare(plan(world, tmp_path / "c", methods, inference=False), quiet=True)
     assert stopped.value.exit_code == 143
     assert [path.stem for path in (tmp_path / "c" / "cells").iterdir()] == ["ia3_all_1"]

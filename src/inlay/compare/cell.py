@@ -17,6 +17,7 @@ from inlay.errors import ConfigError, MethodError, SiteError, TrainingError
 from inlay.folders import read_json, remove, replace_text
 from inlay.train import runfolder
 from inlay.train.checkpoint import Interrupted
+from inlay.train.defaults import defaults
 from inlay.train.metrics import MAIN
 from inlay.train.report import read_log
 
@@ -89,10 +90,13 @@ def read(plan: Plan, cell: Cell, data: str | list[str]) -> Record | None:
         return None
     record = Record(**read_json(path))
     record.curve, record.loss = ([(int(x), float(y)) for x, y in points] for points in (record.curve, record.loss))
-    wanted = comparable(plan.config(cell, data))
-    other = sorted(key for key in wanted.keys() | record.config.keys() if wanted.get(key) != record.config.get(key))
-    if other:
-        changes = ", ".join(f"{key} was {record.config.get(key)!r}, is {wanted.get(key)!r}" for key in other)
+    config = plan.config(cell, data)
+    changes = differences(record.config, config)
+    if not record.error and config.learning_rate is None:
+        rate = defaults(cell.variant.key, record.task).learning_rate
+        if rate != record.learning_rate:
+            changes = f"the default learning_rate was {record.learning_rate:g}, is {rate:g}"
+    if changes:
         raise ConfigError(
             f"output_dir: {plan.output} holds {cell.name} as run with other settings ({changes}). Name another folder, "
             f"or delete {path} to run it anew"
@@ -104,6 +108,18 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """What decides a cell's result, as JSON gives it back."""
     values: dict[str, Any] = json.loads(json.dumps(config.model_dump()))
     return {key: value for key, value in values.items() if key not in _PLACE}
+
+
+def differences(before: Mapping[str, Any], config: RunConfig) -> str:
+    """`key was x, is y` for every setting that differs; one that was not known then had its default."""
+    wanted = comparable(config)
+    usual = {
+        key: field.get_default(call_default_factory=True, validated_data={})
+        for key, field in RunConfig.model_fields.items()
+    }
+    then = {key: before.get(key, usual.get(key)) for key in wanted} | dict(before)
+    other = sorted(key for key in then if wanted.get(key) != then[key])
+    return ", ".join(f"{key} was {then[key]!r}, is {wanted.get(key)!r}" for key in other)
 
 
 def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
@@ -169,7 +185,7 @@ def _train_and_measure(record: Record, config: RunConfig, folder: Path, *, measu
     record.stored, record.head, record.base = (
         adapter.stored_parameters, adapter.head_parameters, base_parameters(trained.model)
     )  # fmt: skip
-    env = runfolder.environment()
+    env = json.loads((folder / "env.json").read_text())[-1]
     record.environment = {key: env[key] for key in ("python", "torch", "inlay", "processor", "threads", "accelerators")}
     record.environment |= {"device": str(trained.device), "precision": "bf16" if resolved.bf16 else "float32"}
     if measure_inference:

@@ -86,10 +86,8 @@ def _claim(plan: Plan) -> None:
     wanted = {"settings": cells.comparable(plan.template)}
     path = plan.output / MARK
     if path.exists():
-        before = read_json(path)["settings"]
-        other = [key for key in wanted["settings"] if wanted["settings"][key] != before.get(key)]
-        if other:
-            changes = ", ".join(f"{key} was {before.get(key)!r}, is {wanted['settings'][key]!r}" for key in other)
+        changes = cells.differences(read_json(path)["settings"], plan.template)
+        if changes:
             raise ConfigError(f"output_dir: {plan.output} holds another comparison ({changes}); name another folder")
         return
     if plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):

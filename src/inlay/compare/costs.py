@@ -81,52 +81,60 @@ def _reset() -> bool:
 
 
 def inference(trained: Trained) -> dict[str, Any]:
-    """Milliseconds of inference for the base, the adapter beside it, and the adapter merged into it.
+    """The time of inference for the base, and for the adapter beside it and merged into it relative to the base.
 
-    Each figure is the median over rounds in which base and adapter take turns, so that what else the machine does
+    Base and adapter take turns, and the median of the ratios of neighbours is taken, so that what else the machine does
     weighs on both. Models that write are timed on one prompt: `prefill` up to the first new token, `decode` for each
     token after it. Others are timed on a batch of 16 held-out rows and on one row.
 
     Returns:
-        figure -> {"base", "unmerged", "merged"} in milliseconds; `merged` is absent and "not_merged" gives the reason
-        where the method cannot be merged.
+        figure -> {"base": milliseconds, "unmerged": ratio, "merged": ratio}; "merged" is absent and "not_merged" gives
+        the reason where the method cannot be merged.
     """
     import inlay
 
-    model, name = trained.model, trained.adapter.name
+    model, adapter = trained.model, trained.adapter
     tasks = _generating(trained) if kind_of(trained.facts.task) == "generation" else _reading(trained)
-    figures: dict[str, dict[str, float]] = {}
+    result: dict[str, Any] = {}
+    inlay.use(model, adapter.name)
     for figure, run in tasks.items():
-        modes = {"base": None, "unmerged": name}
-        times: dict[str, list[float]] = {mode: [] for mode in modes}
-        for chosen in modes.values():  # plans, buffers and caches are made before the clock runs
-            with inlay.use(model, chosen):
-                run()
-        began = time.perf_counter()
-        while len(times["base"]) < ROUNDS[0] or (
-            time.perf_counter() - began < SECONDS / len(tasks) and len(times["base"]) < ROUNDS[1]
-        ):
-            for mode, chosen in modes.items():
-                with inlay.use(model, chosen):
-                    times[mode].append(run())
-        figures[figure] = {mode: statistics.median(values) for mode, values in times.items()}
-    result: dict[str, Any] = dict(figures)
+        base, ratio = _turns(run, lambda: inlay.use(model, None), lambda: inlay.use(model, adapter.name), len(tasks))
+        result[figure] = {"base": base, "unmerged": ratio}
     try:
-        trained.adapter.merge()
+        adapter.merge()
     except MergeError as error:
-        result["not_merged"] = str(error)
-        return result
+        return result | {"not_merged": str(error)}
+
+    def apart() -> None:
+        adapter.unmerge()
+        inlay.use(model, None)
+
+    def together() -> None:
+        inlay.use(model, adapter.name)
+        adapter.merge()
+
     for figure, run in tasks.items():
-        run()
-        rounds: list[float] = []
-        began = time.perf_counter()
-        while len(rounds) < ROUNDS[0] or (
-            time.perf_counter() - began < SECONDS / 2 / len(tasks) and len(rounds) < ROUNDS[1]
-        ):
-            rounds.append(run())
-        figures[figure]["merged"] = statistics.median(rounds)
-    trained.adapter.unmerge()
+        _, result[figure]["merged"] = _turns(run, apart, together, len(tasks))
+    adapter.unmerge()
+    inlay.use(model, adapter.name)
     return result
+
+
+def _turns(
+    run: Callable[[], float], to_base: Callable[[], object], to_adapter: Callable[[], object], figures: int
+) -> tuple[float, float]:
+    """Median milliseconds of the base, and the median ratio of adapter to base. Ends with the adapter in place."""
+    base: list[float] = []
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(base) < ROUNDS[0] or (time.perf_counter() - began < SECONDS / figures and len(base) < ROUNDS[1]):
+        to_base()
+        run()  # plans, buffers and caches are made before the clock runs
+        base.append(run())
+        to_adapter()
+        run()
+        ratios.append(run() / base[-1])
+    return statistics.median(base), statistics.median(ratios)
 
 
 def _reading(trained: Trained) -> dict[str, Callable[[], float]]:
@@ -183,7 +191,9 @@ def _held_out(trained: Trained, rows: int) -> dict[str, torch.Tensor]:
     from inlay.train.session import batches_of, data_spec
 
     config = trained.config.model_copy(update={"per_device_eval_batch_size": rows})
-    prepared = prepare(data_spec(config), trained.tokenizer, models.kind_of(trained.model.config))
+    model_config = trained.model.config
+    spec = data_spec(config, trained.tokenizer, model_config)
+    prepared = prepare(spec, trained.tokenizer, models.kind_of(model_config))
     encoded = next(iter(prepared.evals.values()), prepared.train)
     batches = batches_of(encoded, config, trained.tokenizer, trained.facts.task, trained.device, train=False)
     inputs: dict[str, torch.Tensor] = batches.batch(0, len(batches) // 2).inputs

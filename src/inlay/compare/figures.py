@@ -207,7 +207,7 @@ def _scatter(rows: Sequence[Row]) -> Any:
 
 def _label(axes: Any, rows: Sequence[Row], height: float = 12.0) -> None:
     """Names beside their points, each at the free place nearest to its point; a thin line leads back from far ones."""
-    size = axes.get_window_extent()
+    size, points_a_pixel = axes.get_window_extent(), 72 / axes.figure.dpi
     points = [axes.transData.transform((max(row.first.trained, 1), row.quality)) for row in rows]
     taken = [(x - 6.0, y - 6.0, x + 6.0, y + 6.0) for x, y in points]
     for row, (x, y) in sorted(zip(rows, points, strict=True), key=lambda pair: -pair[1][1]):
@@ -225,10 +225,10 @@ def _label(axes: Any, rows: Sequence[Row], height: float = 12.0) -> None:
         taken.append(box)
         far = abs(dy) > 12
         axes.annotate(
-            row.label, (x, y), xycoords="figure pixels", xytext=(x + dx, y + dy), textcoords="figure pixels", color=INK,
-            fontsize=8.5, va="center",
+            row.label, (max(row.first.trained, 1), row.quality), xytext=(dx * points_a_pixel, dy * points_a_pixel),
+            textcoords="offset points", color=INK, fontsize=8.5, va="center",
             arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.8, "shrinkB": 4} if far else None,
-        )  # fmt: skip
+        ).set_in_layout(False)  # fmt: skip
 
 
 def _svg(figure: Any, title: str) -> str:

@@ -128,7 +128,7 @@ def inference_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
         for mode in ("unmerged", "merged"):
             found = [r.inference[figure] for r in records if mode in r.inference.get(figure, {})]
             if found:
-                figures.setdefault(figure, {})[mode] = statistics.median(f[mode] / f["base"] for f in found)
+                figures.setdefault(figure, {})[mode] = statistics.median(f[mode] for f in found)
     return figures
 
 
@@ -219,8 +219,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     if full is not None:
         better = [row.label for row in sound if sign * (row.quality - full.quality) > 0]
         told.append(
-            f"{len(better)} of {len(sound) - 1} methods are above full fine-tuning ({full.shown_quality})"
-            + (f": {', '.join(better)}." if better else ".")
+            f"{len(better) or 'None'} of the {len(sound) - 1} methods {'are' if len(better) > 1 else 'is'} above full "
+            f"fine-tuning ({full.shown_quality})" + (f": {', '.join(better)}." if better else ".")
         )
         fastest = min((row for row in sound if row.time is not None), key=lambda row: row.time or 0.0)
         told.append(f"The shortest step is that of {fastest.label}, {percent(fastest.time)} of full fine-tuning.")
