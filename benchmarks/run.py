@@ -1,0 +1,116 @@
+"""inlay beside PEFT, full fine-tuning, the frozen model, and the limit of the machine: `make bench`.
+
+    python benchmarks/run.py                  # all cells (under 20 minutes), then the report
+    python benchmarks/run.py --quick          # a few cells, two minutes
+    python benchmarks/run.py --minutes 3      # goes on where it stopped; again until it says that all is done
+
+Each cell runs in a fresh process and measures all variants in turn: same model, data, seed, dtype, targets, rank and
+optimizer (`variants.py`). Finished cells stand in `<out>/cells.jsonl`, one line each; delete a line, or the file, to
+measure again. The report, `benchmarks/<date>-<machine>.md` with a plot, is written from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import KEEP_PAGES, machine
+from variants import METHODS, NAMES
+
+HERE = Path(__file__).resolve().parent
+Cell = dict[str, Any]
+
+
+def cells(quick: bool) -> list[Cell]:
+    """Everything to measure, the most telling first."""
+
+    def steps(method: str, size: str, dtype: str, repeats: int, **more: Any) -> Cell:
+        return {"script": "steps.py", "method": method, "size": size, "dtype": dtype, "repeats": repeats, **more}
+
+    def moments(what: str, repeats: int) -> Cell:
+        return {"script": "moments.py", "what": what, "repeats": repeats}
+
+    if quick:
+        found = [steps("lora", "small", dtype, 5) for dtype in ("float32", "bfloat16")]
+        found += [steps(method, "small", "float32", 5) for method in ("qlora", "dora", "adalora", "ia3", "prefix")]
+        return [*found, moments("handling", 1), moments("one row", 20)]
+    found = [steps("lora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
+    found += [steps("lora", size, dtype, 25) for size in ("tiny", "small") for dtype in ("float32", "bfloat16")]
+    found += [moments("handling", 5), moments("one row", 100), moments("imports", 5)]
+    found += [steps("qlora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
+    found += [steps("lora", "large", dtype, 7, dropout=0.05) for dtype in ("float32", "bfloat16")]
+    others = [m for m in METHODS if m not in ("lora", "qlora")]
+    found += [steps(method, "large", "bfloat16", 9) for method in others]
+    found += [steps(method, "small", "float32", 15) for method in (*others, "qlora")]
+    found += [steps("dora", "large", "float32", 5)]
+    for method in ("lora", "qlora"):
+        found += [steps(method, "large", dtype, 5, pages="kept") for dtype in ("float32", "bfloat16")]
+    for dtype in ("float32", "bfloat16"):
+        found += [steps("lora", "large", dtype, 3, only=name) for name in NAMES]
+    return found
+
+
+def measure(cell: Cell, threads: int) -> dict[str, Any]:
+    """The result of one cell, from a process of its own."""
+    spec = {key: value for key, value in cell.items() if key != "script"} | {"threads": threads}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    if cell.get("pages") == "kept":
+        environment |= KEEP_PAGES
+    command = [sys.executable, str(HERE / cell["script"]), json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{cell} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished cells."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few cells only; the report is printed, not written")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further cell after this long")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: no barriers on a shared machine)")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "bench", help="folder of finished cells")
+    parser.add_argument("--name", help="how the machine is called in the report's file name")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the report of what is there")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / ("quick.jsonl" if options.quick else "cells.jsonl")
+    if options.quick:
+        path.unlink(missing_ok=True)
+    wanted, start = cells(options.quick), time.monotonic()
+    for number, cell in enumerate(wanted, 1):
+        if options.report or any(line["cell"] == cell for line in read(path)):
+            continue
+        if time.monotonic() - start > 60 * options.minutes:
+            break
+        begun = time.monotonic()
+        result = measure(cell, options.threads)
+        with path.open("a") as file:
+            file.write(json.dumps({"cell": cell, "machine": machine(), **result}) + "\n")
+        label = " ".join(str(v) for k, v in cell.items() if k not in ("script", "repeats"))
+        print(f"{number:3}/{len(wanted)}  {label:40} {time.monotonic() - begun:5.1f} s", flush=True)
+    from report import text, write
+
+    done = read(path)
+    missing = [cell for cell in wanted if not any(line["cell"] == cell for line in done)]
+    if options.quick:
+        print(text(done, missing, None))
+        return
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells; wrote {write(done, missing, HERE, options.name)}")
+    if missing:
+        print("run it again for the rest")
+
+
+if __name__ == "__main__":
+    main()
