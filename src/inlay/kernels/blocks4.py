@@ -86,6 +86,8 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor, path: Path | None
         out: contiguous, one element for each weight, fp32, bf16 or fp16.
         path: force a form; None takes the fastest that works here.
     """
+    if out.is_meta:
+        return out  # no bytes, nothing to decode
     packed = packed.detach().view(torch.uint8)
     path = _pick(path, packed, out)
     if path is not Path.TORCH and _dequantize_c(packed, state, out, path):

@@ -55,7 +55,6 @@ def empty_model(model_config: Any, task: str, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"), _silent():
             model: nn.Module = auto.from_config(copy.deepcopy(model_config), dtype=dtype)
             model.tie_weights()  # type: ignore[operator]
-            model.config.use_cache = False  # type: ignore[union-attr]
     except (ValueError, KeyError) as error:
         raise ConfigError(f"model: a {model_config.model_type} cannot be built for {task}: {error}") from error
     return model

@@ -41,10 +41,8 @@ class Conditions:
     int8: frozenset[int] = field(default_factory=frozenset)
 
 
-def record(
-    model: nn.Module, task: str, length: int, conditions: Conditions, target_length: int | None = None
-) -> Timeline:
-    """The timeline of one step with `length` tokens a row.
+def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions: Conditions) -> Timeline:
+    """The timeline of one step.
 
     The model is on the meta device, its trained parameters are those that require gradients; mode and gradients are
     left as they were.
@@ -52,11 +50,9 @@ def record(
     Args:
         model: with or without an adapter.
         task: one of `inlay.config.Task`.
-        length: tokens of each row, all of them targets where the task has one a token.
+        inputs: `ROWS` rows on the meta device, of `make_inputs` or `inputs_like`.
         conditions: device, checkpointing, autocast.
-        target_length: tokens the decoder writes, for seq2seq; as `length` where absent.
     """
-    inputs = make_inputs(model, task, length, target_length or length)
     parameters = list(model.parameters())
     known = [*parameters, *model.buffers(), *inputs.values()]
     training = model.training
@@ -80,7 +76,7 @@ def record(
         return recorder.timeline(parameters)
 
 
-def make_inputs(model: nn.Module, task: str, length: int, target_length: int) -> dict[str, Tensor]:
+def make_inputs(task: str, length: int, target_length: int) -> dict[str, Tensor]:
     """Unpadded rows of ids and their labels, on the meta device."""
     ids_BT = torch.zeros(ROWS, length, dtype=torch.long, device="meta")
     if task == "seq2seq":
@@ -96,6 +92,16 @@ def make_inputs(model: nn.Module, task: str, length: int, target_length: int) ->
     return {"input_ids": ids_BT, "labels": labels_B}
 
 
+def inputs_like(inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The inputs of a batch on the meta device, with `ROWS` rows instead of its own."""
+
+    def like(tensor: Tensor) -> Tensor:
+        shape = (ROWS, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == rows else tensor.shape
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    return {name: like(tensor) for name, tensor in inputs.items()}
+
+
 def _loss(output: Any, inputs: Mapping[str, Tensor], task: str) -> Tensor:
     """The loss of `inlay.train.loss` with every position a target: which ones count is not known without values."""
     if task == "question-answering":
@@ -106,6 +112,8 @@ def _loss(output: Any, inputs: Mapping[str, Tensor], task: str) -> Tensor:
         return (logits.float().squeeze(-1) - labels).square().mean()
     if task == "causal-lm":
         logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
     if logits.ndim == 2:
         return F.cross_entropy(logits.float(), labels)
     places_N = torch.zeros(labels.numel(), dtype=torch.long, device="meta")
@@ -120,10 +128,13 @@ def _forget_gradients(parameters: list[nn.Parameter]) -> None:
 @contextlib.contextmanager
 def _checkpointing(model: Any, stand: _Stand) -> Iterator[None]:
     again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), stand)}
+    cached = getattr(model.config, "use_cache", None)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+    model.config.use_cache = False
     try:
         yield
     finally:
+        model.config.use_cache = cached
         model.gradient_checkpointing_disable()
 
 

@@ -17,7 +17,7 @@ from inlay.methods.base import Method
 from inlay.planning.bases import BASES, Base, decoding_bytes, quantised_leaves, stored_bytes, weight_bytes
 from inlay.planning.footprint import Footprint, OptimizerState, optimizer_state
 from inlay.planning.skeleton import empty_model, file_bytes
-from inlay.planning.step import Conditions, Device, record
+from inlay.planning.step import Conditions, Device, make_inputs, record
 from inlay.planning.timeline import Timeline
 
 
@@ -134,7 +134,8 @@ class Trial:
 
         def made(length: int) -> Timeline:
             try:
-                return record(self.model, settings.task, length, conditions, settings.target_length)
+                inputs = make_inputs(settings.task, length, settings.target_length or length)
+                return record(self.model, settings.task, inputs, conditions)
             except InlayError:
                 raise
             except Exception as error:

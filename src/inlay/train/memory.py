@@ -1,81 +1,59 @@
-"""What a training step will need in memory, from a forward pass on one row."""
+"""What a training step will need in memory: the step is followed on a copy of the model without weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from inlay.train.loss import forward, loss_of
-
-MOMENT_BYTES = {"sgd": 4, "adafactor": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of optimizer state per trained value; AdamW's two fp32 moments where a name is absent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Bytes of a training step by cause."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+from inlay.planning.bases import stored_bytes
+from inlay.planning.footprint import Footprint, Memory, optimizer_state
+from inlay.planning.skeleton import twin
+from inlay.planning.step import Conditions, inputs_like, record
 
 
 def estimate(
     model: nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     task: str,
     optim: str,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> Estimate:
-    """The memory of one step on a batch like `inputs`.
+    *,
+    autocast: torch.dtype | None = None,
+    checkpointing: bool = False,
+    accumulates: bool = False,
+) -> Memory:
+    """The memory of a step on a batch like `inputs`, at the moment when it needs most.
 
-    Activations are what autograd keeps in a forward pass on the first row, times the rows: a lower bound that leaves
-    out what a kernel needs for itself.
+    The model is not run and not changed. What counts is tensors: the interpreter, libraries and the gaps of an
+    allocator come on top (`benchmarks/plan_check.py` compares with what a process takes).
+
+    Args:
+        model: with its adapter, on its device.
+        inputs: a batch as the model will get it.
+        task: one of `inlay.config.Task`.
+        optim: the optimizer's name.
+        autocast: the dtype of forward passes, where it is not that of the weights.
+        checkpointing: activations are computed again in the backward pass.
+        accumulates: several batches make one step, so that gradients are there during forward passes.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rows = len(next(iter(inputs.values())))
-    kept = saved_bytes(model, {name: tensor[:1] for name, tensor in inputs.items()}, task, autocast)
-    count = sum(p.numel() for p in trained)
-    return Estimate(
-        weights=sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
-        gradients=sum(p.nbytes for p in trained),
-        optimizer=count * MOMENT_BYTES.get(optim, 8),
-        activations=kept * rows,
+    first = next(iter(inputs.values()))
+    device = "cuda" if first.is_cuda else "cpu"
+    rows, mask = first.shape[0], inputs.get("attention_mask")
+    conditions = Conditions(
+        device="cuda" if first.is_cuda else "cpu",
+        padded=mask is not None and not bool(mask.bool().all()),
+        checkpointing=checkpointing,
+        autocast=autocast,
     )
-
-
-def saved_bytes(
-    model: nn.Module, inputs: dict[str, Tensor], task: str, autocast: Callable[[], AbstractContextManager[Any]]
-) -> int:
-    """Bytes that autograd keeps for the backward pass of one forward pass, each storage once, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        autocast(),
-    ):
-        output = forward(model, inputs, task)
-        loss = loss_of(output, inputs, task)
-        total = sum(kept.values())
-        del output, loss
-    return total
+    timeline = record(twin(model), task, inputs_like(inputs, rows), conditions)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    footprint = Footprint(
+        weights=stored_bytes(model),
+        gradients=sum(p.nbytes for p in trained),
+        optimizer=optimizer_state(trained, optim, device),
+        scratch=0,
+        recordings={1: timeline},
+        accumulates=accumulates,
+    )
+    return footprint.memory(rows, 1)

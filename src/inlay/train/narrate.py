@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -66,13 +67,7 @@ class Narrator:
         if is_sharded(model):
             memory_needed = f"weights shared by {processes} processes"
         else:
-            needed = memory.estimate(
-                model, session.train_batches.batch(0, 0).inputs, session.task, config.optim, session.autocast
-            )
-            memory_needed = (
-                f"about {size(needed.total)} of memory: weights {size(needed.weights)}, gradients "
-                f"{size(needed.gradients)}, optimizer {size(needed.optimizer)}, activations {size(needed.activations)}"
-            )
+            memory_needed = _memory(session)
         new = f"new weights, trained with it: {', '.join(session.new_modules)}" if session.new_modules else ""
         self.fact("method", escape(repr(adapter.method)), *([escape(new)] if new else []))
         self.fact(
@@ -122,6 +117,28 @@ class Narrator:
     def _print(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _memory(session: Session) -> str:
+    """What a step will take; where that cannot be worked out, why."""
+    config, inputs = session.config, session.train_batches.batch(0, 0).inputs
+    try:
+        needed = memory.estimate(
+            session.model,
+            inputs,
+            session.task,
+            config.optim,
+            autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            checkpointing=config.gradient_checkpointing,
+            accumulates=config.gradient_accumulation_steps > 1,
+        )
+    except Exception as error:  # a model of one's own may do what tensors without values cannot
+        reason = str(error).strip().partition("\n")[0]
+        return escape(f"its memory could not be told in advance ({type(error).__name__}: {reason})")
+    return (
+        f"about {size(needed.total)} of memory: weights {size(needed.weights)}, gradients {size(needed.gradients)}, "
+        f"optimizer {size(needed.optimizer)}, activations {size(needed.activations)}, scratch {size(needed.scratch)}"
+    )
 
 
 def cell(metrics: Mapping[str, float], name: str, results: Mapping[str, Mapping[str, float]]) -> str:
