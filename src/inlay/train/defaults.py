@@ -42,11 +42,13 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     # 1e-4 to 1e-3 by model size (arXiv:2106.10199, section 4); small encoders take the upper end and above
     "bitfit": _both(Defaults(2e-3), Defaults(1e-3, batch=8)),
     # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster
-    "bottleneck": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
-    "mam": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
+    # (MiniLM, demo task, 60 steps: accuracy 0.43 at 1e-3, 0.55 at 3e-3, 0.60 at 1e-2). MAM is wide and scales by 4:
+    # there 1e-3 is too much (0.17, and 0.11 at 3e-3).
+    "bottleneck": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
+    "mam": _both(Defaults(3e-4), Defaults(2e-4, batch=8)),
     "unipelt": _both(Defaults(1e-3), Defaults(5e-4, batch=8)),
     # another cell of the same table; the multi-head form is as sensitive as a prefix
-    "inlay": _both(Defaults(1e-3), Defaults(2e-4, batch=8)),
+    "inlay": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
     "multihead": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
     # 5e-5 with the MLP and 1e-3 to 5e-3 in the direct form (arXiv:2101.00190; PEFT's comparison)
     "prefix": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
