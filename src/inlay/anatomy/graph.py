@@ -265,6 +265,15 @@ def _ranges(used: list[bool]) -> Columns:
     return tuple(ranges)
 
 
+def later(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[rows, columns], true where a key comes after the query, both ending together.
+
+    `triu` would start threads for these few numbers, and wait for them where the machine is busy.
+    """
+    last = torch.arange(rows, device=device) + columns - rows
+    return torch.arange(columns, device=device) > last[:, None]
+
+
 def depth(tensor: Tensor, call: LeafCall) -> int:
     """How many nodes of the graph lie between a tensor and a call that it was computed from, at most."""
     todo: list[tuple[Node, int]] = [(tensor.grad_fn, 0)]

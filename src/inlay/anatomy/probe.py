@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.anatomy.base import Kind
 from inlay.anatomy.examples import candidates
-from inlay.anatomy.graph import AttentionCall, LeafCall, ModuleCall, Trace
+from inlay.anatomy.graph import AttentionCall, LeafCall, ModuleCall, Trace, later
 from inlay.anatomy.tree import children_of, inside, leaf_kind, modules_of, static_leaves
 
 PROBE = "inlay_probe"
@@ -198,7 +198,7 @@ def _hides_future(mask: Tensor) -> bool | None:
     if mask.is_meta or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
         return None
     seen = mask if mask.dtype == torch.bool else mask >= 0
-    return not bool(seen.triu(1).any())
+    return not bool((seen & later(*mask.shape[-2:], mask.device)).any())
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]
@@ -319,8 +319,8 @@ def _attention_probe(modules: list[tuple[str, nn.Module]], record: Trace, count:
             return out, None
         causal = kw.get("is_causal")
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
-        if attention_mask is not None and _hides_future(attention_mask) is not None:
-            causal = bool(_hides_future(attention_mask))
+        hidden = None if attention_mask is None else _hides_future(attention_mask)
+        causal = causal if hidden is None else hidden
         window = kw.get("sliding_window") or getattr(module, "sliding_window", None)
         window = window if isinstance(window, int) else None
         others = tuple(t for t in (attention_mask, *kw.values()) if isinstance(t, Tensor))

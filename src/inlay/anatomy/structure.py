@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from inlay.anatomy.base import Columns, Heads
-from inlay.anatomy.graph import LeafCall, Node, Trace, reaching
+from inlay.anatomy.graph import LeafCall, Node, Trace, later, reaching
 
 PRODUCTS = {"BmmBackward0": 0, "MmBackward0": 0, "BaddbmmBackward0": 1, "AddmmBackward0": 1}
 """Matrix products, and where the first of their two operands stands among the nodes that follow."""
@@ -144,7 +144,8 @@ def _is_causal(softmax: Node) -> bool:
     weights = getattr(softmax, "_saved_result", None)
     if not isinstance(weights, Tensor) or weights.is_meta or weights.ndim < 2 or weights.shape[-2] < 2:
         return False
-    return bool(weights.triu(1 + weights.shape[-1] - weights.shape[-2]).eq(0).all())
+    rows, columns = weights.shape[-2:]
+    return not bool((weights.ne(0) & later(rows, columns, weights.device)).any())
 
 
 QUERY = re.compile(r"(^|_)(q|wq|query|queries)(_|$)")

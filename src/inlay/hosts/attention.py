@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from inlay.anatomy.tree import modules_of
 from inlay.errors import AttachmentError
 from inlay.hosts.attend import NAME, SERVED, Function, Plan, attend, former
 from inlay.hosts.base import Host
@@ -168,7 +169,7 @@ def enable(model: nn.Module) -> None:
     """
     from inlay.hosts.softmax import prove
 
-    for module in model.modules():
+    for _, module in modules_of(model):
         if isinstance(module, AttentionHost):
             former(module)
     prove(model)

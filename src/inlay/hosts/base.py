@@ -78,7 +78,8 @@ class Placed:
 class Hosted:
     """What a hosted module knows: path, pieces by adapter, the spans it opens, and the plan for this route.
 
-    `proven` is set where a run on a few tokens showed that its own code can be followed.
+    `proven` is set where a run on a few tokens showed that its own code can be followed, `pads` where a piece was
+    placed that needs to know the padding.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Hosted:
     opens: dict[str, list[Span]] = field(default_factory=dict)
     plan: Any = None
     proven: bool = False
+    pads: bool = False
 
     @property
     def empty(self) -> bool:
@@ -209,6 +211,7 @@ def place(module: nn.Module, adapter: str, key: str, placed: Placed) -> None:
     own.put(key, placed.piece)
     own.train(module.training)
     host._inlay.placed.setdefault(adapter, []).append(placed)
+    host._inlay.pads = host._inlay.pads or placed.piece.needs_padding
 
 
 def remove(module: nn.Module, adapter: str) -> None:
@@ -227,6 +230,8 @@ def remove(module: nn.Module, adapter: str) -> None:
 
 def padding_of(state: Hosted) -> Padding | None:
     """The model's padding, where a piece at this module needs to know it."""
+    if not state.pads:
+        return None
     return next((p.piece.padding for pieces in state.placed.values() for p in pieces if p.piece.needs_padding), None)
 
 

@@ -67,7 +67,7 @@ def prove(model: nn.Module) -> None:
     new = [m for _, m in modules if isinstance(m, SoftmaxHost) and not m._inlay.proven]
     if not new:
         return
-    with contextlib.suppress(TypeError), as_it_was(model, modules), torch.random.fork_rng(), torch.no_grad():
+    with contextlib.suppress(TypeError), as_it_was(model, modules), torch.random.fork_rng(devices=[]), torch.no_grad():
         for inputs in candidates(model):
             for module in new:
                 module._inlay.plan = Recording()
