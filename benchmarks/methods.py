@@ -34,14 +34,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-import transformers
-
-import inlay
-from inlay.config import RunConfig
-from inlay.config_loading import build_method, load, method_name
+from inlay.config_loading import load, method_name
 from inlay.train.defaults import TABLE, defaults
-from inlay.train.run import train
 
 HERE = Path(__file__).resolve().parent
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -140,7 +134,12 @@ def write_letters(path: Path, rows: int, seed: int, commands: list[str], shown: 
 
 def make_base(out: Path) -> None:
     """The small BART: random weights, then full fine-tuning on all commands with inlay's own loop, then merged."""
+    import torch
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    import inlay
+    from inlay.train.run import train
 
     if (out / "bart").exists():
         return
@@ -190,6 +189,12 @@ def cells(chosen: dict[str, Task]) -> Iterator[tuple[str, str]]:
 
 def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
     """Train one method on one task."""
+    import torch
+    import transformers
+
+    from inlay.config_loading import build_method
+    from inlay.train.run import train
+
     method, _, faster = method.partition(" ")
     setting = INSTEAD.get((method, name), METHODS[method])
     run = out / "runs" / f"{name}-{method}"
@@ -201,7 +206,7 @@ def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
     }  # fmt: skip
     if faster:
         keys["learning_rate"] = 10 * defaults(method_name(setting), task.keys["task"]).learning_rate
-    config: RunConfig = load(flags=keys)
+    config = load(flags=keys)
     began, processor = time.monotonic(), time.process_time()
     result = train(config, quiet=True)
     seconds = {"wall": time.monotonic() - began, "processor": time.process_time() - processor}
@@ -270,7 +275,8 @@ def table(chosen: dict[str, Task], done: dict[tuple[str, str], dict[str, Any]]) 
             "",
             f"## {name}: {task.base}, {rows[0]['steps']} steps",
             "",
-            f"Score: held-out {task.score.replace('_', ' ')}{extra}; {against} has {floor:.3f}.",
+            f"Score: held-out {task.score.replace('_', ' ')}{extra}; {against} "
+            + ("is not measured yet." if math.isnan(floor) else f"has {floor:.3f}."),
             "",
             "| method | lr | batch | trained | stored | training loss | held-out loss | score | gain |"
             + (" BLEU | exact |" if extra else "")
@@ -285,13 +291,13 @@ def table(chosen: dict[str, Task], done: dict[tuple[str, str], dict[str, Any]]) 
             lines.append(
                 f"| {name_shown} | {row['learning_rate']:g} | {row['batch']} | {row['trained']:,} | {row['stored']:,} | "
                 f"{row['train_loss'][0]:.3f} → {row['train_loss'][1]:.3f} | "
-                f"{row['untouched']['loss']:.3f} → {ours['loss']:.3f} | {score:.3f} | {gain:+.3f} |{wrote} "
+                f"{row['untouched']['loss']:.3f} → {ours['loss']:.3f} | {score:.3f} | {'' if math.isnan(gain) else f'{gain:+.3f}'} |{wrote} "
                 f"{row['seconds']['processor']:.0f} |"
             )
         absent = {m: why for (m, t), why in UNDEFINED.items() if t == name}
         lines += ["", *(f"Not there: {m}, since {why}." for m, why in absent.items())] if absent else []
-        used = [f"{m} with `{build_method(s)!r}`" for (m, t), s in INSTEAD.items() if t == name]
-        lines += ["", f"\\* {'; '.join(used)}."] if used else []
+        used = [f"`{done[t, m]['setting']}`" for m, t in INSTEAD if t == name and (t, m) in done]
+        lines += ["", f"\\* {', '.join(used)}."] if used else []
     return lines
 
 
@@ -315,7 +321,6 @@ def main() -> None:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     chosen, began = tasks(arguments.shared.resolve(), out), time.monotonic()
-    transformers.logging.set_verbosity_error()
     done = finished(out)
     if not arguments.table:
         only_tasks = set(arguments.only) & set(chosen) or set(chosen)
@@ -323,6 +328,10 @@ def main() -> None:
         wanted = [(t, m) for t, m in cells(chosen) if t in only_tasks and (not only_methods or m in only_methods)]
         rest = [cell for cell in wanted if cell not in done]
         print(f"{len(wanted) - len(rest)} of {len(wanted)} cells are done", flush=True)
+        if rest:
+            import transformers
+
+            transformers.logging.set_verbosity_error()
         for number, (name, method) in enumerate(rest, 1):
             if time.monotonic() - began > 60 * arguments.minutes:
                 print(f"{len(rest) - number + 1} cells are left; start again to go on")

@@ -6,7 +6,8 @@
 A test says what it proves: `@pytest.mark.proves("merge")` for the method in its parameter `name`, or
 `@pytest.mark.proves("oracle", "lora")`. Where a method cannot do something, the test holds the refusal to its words and
 records them (`record_property("refusal", ...)`), and the page prints them. A cell without a test is an error.
-Results stand in `runs/methods-page.json`; `--run tests/contracts` renews those of a part.
+Results stand in `runs/methods-page.json` as soon as they are there; `--run tests/contracts` renews those of a part, and
+`--run --missing` goes on where a run was stopped.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ EXAMPLES = {
 class Collector:
     """A pytest plugin that keeps the outcome of every test that says what it proves."""
 
-    def __init__(self) -> None:
-        self.results: dict[str, dict[str, Any]] = {}
+    def __init__(self, known: dict[str, dict[str, Any]], *, missing: bool) -> None:
+        self.results, self.missing, self.since = known, missing, 0
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        chosen = [item for item in items if item.get_closest_marker("proves")]
+        done = {k for k, result in self.results.items() if self.missing and result["outcome"] == "passed"}
+        chosen = [item for item in items if item.get_closest_marker("proves") and item.nodeid not in done]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
         for item in items:
@@ -101,17 +103,25 @@ class Collector:
             return
         result["outcome"] = report.outcome
         result["refusal"] = dict(report.user_properties).get("refusal")
+        self.since += 1
+        if self.since % 20 == 0:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes what is known."""
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(self.results, indent=1))
 
 
-def run(paths: list[str]) -> int:
-    """Runs the marked tests of some paths and renews their results."""
-    collector = Collector()
-    code = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *paths], plugins=[collector])
+def run(paths: list[str], *, missing: bool) -> int:
+    """Runs the marked tests of some paths and renews their results, or adds those that are missing."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known = {k: v for k, v in known.items() if not any(k.startswith(path) for path in paths)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(known | collector.results, indent=1))
-    return int(code)
+    if not missing:
+        known = {k: v for k, v in known.items() if not any(k.startswith(path) for path in paths)}
+    collector = Collector(known, missing=missing)
+    code = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *paths], plugins=[collector])
+    collector.keep()
+    return 0 if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else int(code)
 
 
 def kind_of(family: str) -> str:
@@ -243,8 +253,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", metavar="PATH", help="run the tests of these paths; of all without a path")
+    parser.add_argument("--missing", action="store_true", help="with --run: only tests that have not passed yet")
     arguments = parser.parse_args()
-    if arguments.run is not None and (code := run(arguments.run or TESTS)):
+    if arguments.run is not None and (code := run(arguments.run or TESTS, missing=arguments.missing)):
         raise SystemExit(f"pytest ended with {code}; the page is not written")
     if not RESULTS.exists():
         raise SystemExit("there are no results yet: python benchmarks/methods_page.py --run")
