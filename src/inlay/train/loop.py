@@ -27,9 +27,9 @@ from inlay.train.checkpoint import Interrupted, RunState
 from inlay.train.contracts import Adapter, Batch, Batches, Evaluate, EvaluationStopped
 from inlay.train.distributed import Team, is_sharded
 from inlay.train.guards import Guards, non_finite_rows
-from inlay.train.loss import forward, loss_of
 from inlay.train.metrics import MAIN, better, greater_is_better
 from inlay.train.optim import build_optimizer, warmup_steps
+from inlay.train.output_head import OutputHead
 from inlay.train.precision import autocast
 from inlay.train.progress import Display
 from inlay.train.schedules import build_schedule
@@ -95,7 +95,7 @@ class Loop:
         self.optimizer = build_optimizer(adapter, config)
         name, rising = config.lr_scheduler_type or "linear", warmup_steps(config, self.total_steps)
         self.schedule = build_schedule(self.optimizer, name, rising, self.total_steps, dict(config.lr_scheduler_kwargs))
-        self.model = model
+        self.model, self.head = model, OutputHead(model, self.task)
         self.scaler = torch.amp.GradScaler(self.team.device.type) if config.fp16 else None
         self.guards = Guards(dict(adapter.named_parameters()), origin)
         self.state, self.rate = RunState(), 0.0
@@ -190,8 +190,7 @@ class Loop:
     def _backward(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
         """Add the gradient of `weight` times the summed loss of a batch; returns that sum, and the loss of each row."""
         with autocast(self.config, self.team.device):
-            output = forward(self.model, batch.inputs, self.task)
-            loss = loss_of(output, batch.inputs, self.task, self.config.label_smoothing_factor)
+            loss = self.head.loss(batch.inputs, self.config.label_smoothing_factor)
         scaled = loss.total * weight
         (self.scaler.scale(scaled) if self.scaler else scaled).backward()
         return loss.total.detach(), loss.per_row_B

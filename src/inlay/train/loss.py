@@ -1,12 +1,13 @@
 """The loss of every task as a sum over targets, so that batches of unequal size can be weighted exactly.
 
-Legend: B rows, T tokens, C classes, V vocabulary, N targets that count.
+Legend: B rows, T tokens, C classes, W words of a class, V vocabulary, N targets that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,19 +25,37 @@ class Loss:
 
     total: Tensor
     per_row_B: Tensor
-    logits: Tensor
     right: Tensor  # how many targets are the model's first choice
     targets: int
 
 
+HELD = ("labels", "start_positions", "end_positions", "answer_at", "answer_ids")
+"""Inputs that are not the model's."""
+
+
 def forward(model: nn.Module, inputs: Mapping[str, Tensor], task: str) -> Any:
-    """The model's output without its own loss: labels stay here, except where the decoder's inputs are made of them."""
-    given: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
+    """The model's output without its own loss: labels stay here, except where the decoder's inputs are made of them.
+
+    Of a language model that answers with a word, `logits` are the scores [B, C] of the classes.
+    """
+    given: dict[str, Any] = {k: v for k, v in inputs.items() if k not in HELD}
     if task == "seq2seq" and "decoder_input_ids" not in given:
         given["decoder_input_ids"] = _base(model).prepare_decoder_input_ids_from_labels(inputs["labels"])
     if task in ("causal-lm", "seq2seq"):
         given["use_cache"] = False
-    return model(**given)
+    output = model(**given)
+    if "answer_ids" not in inputs:
+        return output
+    return SimpleNamespace(logits=word_scores(output.logits, inputs["answer_at"], inputs["answer_ids"]))
+
+
+def word_scores(logits_BTV: Tensor, at_B: Tensor, ids_BCW: Tensor) -> Tensor:
+    """The score [B, C] of each class: the mean logit of its words at one position of each row (`inlay.Verbalizer`)."""
+    logits_BV = logits_BTV[torch.arange(len(at_B), device=at_B.device), at_B].float()
+    there_BCW = ids_BCW >= 0
+    found_BCW = logits_BV[:, None, :].expand(-1, ids_BCW.shape[1], -1).gather(2, ids_BCW.clamp_min(0))
+    scores_BC: Tensor = (found_BCW * there_BCW).sum(-1) / there_BCW.sum(-1)
+    return scores_BC
 
 
 def _base(model: Any) -> Any:
@@ -62,16 +81,22 @@ def loss_of(output: Any, inputs: Mapping[str, Tensor], task: str, smoothing: flo
     if task == "regression":
         predicted_B = logits.float().squeeze(-1)
         loss_B = (predicted_B - labels.float()).square()
-        return Loss(loss_B.sum(), loss_B.detach(), logits, torch.zeros((), device=logits.device), len(loss_B))
+        return Loss(loss_B.sum(), loss_B.detach(), torch.zeros((), device=logits.device), len(loss_B))
     if labels.is_floating_point():
         loss_B = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
         right = (logits > 0).eq(labels.bool()).all(-1).sum()
-        return Loss(loss_B.sum(), loss_B.detach(), logits, right, len(loss_B))
+        return Loss(loss_B.sum(), loss_B.detach(), right, len(loss_B))
+    if task in ("causal-lm", "seq2seq"):
+        logits, labels = shifted(logits, labels, task)
+    return _cross_entropy(logits, labels, smoothing)
+
+
+def shifted(states: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """States (or logits) [B, T, ...] and the labels that they predict, one by one."""
     if task == "causal-lm":
         # Virtual tokens of a prompt stand before the text; only the text has labels.
-        logits = logits[:, -labels.shape[1] :]
-        return _cross_entropy(logits[:, :-1], labels[:, 1:], smoothing)
-    return _cross_entropy(logits, labels, smoothing)
+        return states[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    return states, labels
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Loss:
@@ -83,7 +108,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Loss:
         row_N = counted.nonzero()[:, 0]
         per_row_B = torch.zeros(len(labels), device=loss_N.device).index_add_(0, row_N, loss_N.detach())
         right = (logits_NC.argmax(-1) == labels_N).sum()
-    return Loss(loss_N.sum(), per_row_B, logits, right, len(loss_N))
+    return Loss(loss_N.sum(), per_row_B, right, len(loss_N))
 
 
 def _span_loss(output: Any, inputs: Mapping[str, Tensor], smoothing: float) -> Loss:
@@ -95,7 +120,6 @@ def _span_loss(output: Any, inputs: Mapping[str, Tensor], smoothing: float) -> L
     return Loss(
         (start.total + end.total) / 2,
         (start.per_row_B + end.per_row_B) / 2,
-        torch.stack([output.start_logits, output.end_logits], -1),
         both.sum(),
         len(both),
     )
