@@ -143,9 +143,9 @@ def test_ordinary_ids_of_the_same_text_give_the_same_logits(template, counted):
 @given(st.text(alphabet="abc ", min_size=1), st.text(alphabet="abc ", min_size=1))
 def test_any_texts_keep_their_tokens_and_their_order(a, b):
     own, template = tokenizer(), Template("x {prompt:2} {a} {prompt:1}{b} {prompt:3} .")
-    from inlay.template import _fill
+    from inlay.template import fill_row
 
-    ids = _fill(template, None, own, {"a": a, "b": f" {b}"}, 100, None, None, 0)
+    ids = fill_row(template, own, {"a": a, "b": f" {b}"}, 100)
     assert spell(ids).split() == [
         "[CLS]", "[UNK]", "P0", "P1", *_known(a), "P2", *_known(b), "P3", "P4", "P5", ".", "[SEP]"
     ]  # fmt: skip

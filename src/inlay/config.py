@@ -112,6 +112,15 @@ class RunConfig(BaseModel):
     """stop at a bad row, or write it aside and count it"""
     method: MethodSetting = "lora"
     """what is trained: a method's name, or a mapping `name:` and its settings"""
+    template: str | None = None
+    """with verbalizer: a text around {text} (and {text_pair}), with {mask} where a masked model answers, behind which a
+    causal one does, and {prompt:3} where 3 virtual tokens of ptuning stand"""
+    verbalizer: dict[str, str | list[str]] | None = None
+    """class: word or words that a language model answers with, instead of a new task head"""
+    init_text: str | None = None
+    """words that a prompt or a prefix starts from"""
+    init_classes: bool = False
+    """a prompt starts from the names of the classes"""
 
     output_dir: str | None = None
     """the run folder; `runs/<model>-<data>-<method>` when absent"""
@@ -242,6 +251,13 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "allow_changed", "has no effect without resume"
     if get("weights") is not None and (not isinstance(get("data"), list) or len(get("data")) != len(get("weights"))):
         yield "weights", "there must be as many as sets in data"
+    if (get("template") is None) != (get("verbalizer") is None):
+        given, other = ("template", "verbalizer") if get("verbalizer") is None else ("verbalizer", "template")
+        yield given, f"has no effect without {other}; they go together"
+    if get("verbalizer") is not None and get("task") not in (None, "sequence-classification"):
+        yield "verbalizer", f"names classes, and task is {get('task')!r}"
+    if get("init_text") is not None and get("init_classes"):
+        yield "init_classes", "init_text is set too; keep one of the two"
     if "none" in get("report_to") and len(get("report_to")) > 1:
         yield "report_to", "'none' stands beside other trackers"
     if get("packing") and get("task") not in (None, "causal-lm"):

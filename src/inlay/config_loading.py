@@ -140,9 +140,13 @@ def _checked(source: Source, required: tuple[str, ...]) -> RunConfig:
 
 
 def _lenient_lists(values: dict[str, Any]) -> None:
-    """`report_to: wandb` and `columns: a=b,c=d` are what users write for a list of one and for a mapping."""
+    """`report_to: wandb` and `columns: a=b,c=d` are what users write for a list of one and for a mapping; classes are
+    texts whatever they look like."""
     if isinstance(values.get("report_to"), str):
         values["report_to"] = [part.strip() for part in values["report_to"].split(",")]
+    words = values.get("verbalizer")
+    if isinstance(words, dict):  # classes are texts; in YAML, 0 and true are not
+        values["verbalizer"] = {str(name): word for name, word in words.items()}
     columns = values.get("columns")
     if isinstance(columns, str) and re.fullmatch(r"\s*[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", columns):
         pairs = (pair.split("=") for pair in columns.split(","))

@@ -72,8 +72,8 @@ def ensemble(
     Raises:
         AdapterError: an unknown adapter, or an output that holds no classes.
     """
-    count, inputs = len(names), _replicated(names, batch, vote)
-    with torch.no_grad(), use(model, _rows(names, inputs)):
+    inputs = replicated(names, batch, vote)
+    with torch.no_grad(), use(model, rows_of(names, inputs)):
         output = model(**inputs)
     scores: Tensor = output.logits if read is None else read(output, inputs)
     if scores.ndim != 2:
@@ -81,6 +81,11 @@ def ensemble(
             f"the scores have shape {tuple(scores.shape)}, not [rows, classes]. Pass read=, for example a verbalizer's "
             "scores, or use ensemble_generate() where the answer is a text."
         )
+    return decide(scores, len(names), vote)
+
+
+def decide(scores: Tensor, count: int, vote: Vote) -> Ensemble:
+    """The answer to scores [N B, C] of `count` adapters, one after another."""
     each_NBC = scores.float().log_softmax(-1).reshape(count, -1, scores.shape[-1])
     log_probs_BC = each_NBC.mean(0)
     votes_BC = torch.nn.functional.one_hot(each_NBC.argmax(-1), scores.shape[-1]).sum(0)
@@ -109,10 +114,10 @@ def ensemble_generate(
     """
     if settings.get("num_return_sequences", 1) != 1 or settings.get("return_dict_in_generate"):
         raise AdapterError("ensemble_generate() takes one sequence for each row, and gives tensors.")
-    count, inputs = len(names), _replicated(names, batch, vote)
+    count, inputs = len(names), replicated(names, batch, vote)
     if vote == "mean":
         settings = _averaging(model, settings, count)
-    with use(model, _rows(names, inputs)):
+    with use(model, rows_of(names, inputs)):
         sequences: Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
     each_NBT = sequences.reshape(count, -1, sequences.shape[-1])
     same_NNB = (each_NBT[:, None] == each_NBT[None]).all(-1)
@@ -142,7 +147,7 @@ def _averaging(model: Any, settings: dict[str, Any], count: int) -> dict[str, An
     return {**settings, "do_sample": False, "logits_processor": LogitsProcessorList([*own, Mean()])}
 
 
-def _replicated(names: Sequence[str], batch: Mapping[str, Any], vote: str) -> dict[str, Any]:
+def replicated(names: Sequence[str], batch: Mapping[str, Any], vote: str) -> dict[str, Any]:
     """The inputs once for each adapter, one after another."""
     if vote not in ("majority", "mean"):
         raise AdapterError(f"vote={vote!r} is not known: {nearest(vote, ['majority', 'mean'])}")
@@ -155,6 +160,7 @@ def _replicated(names: Sequence[str], batch: Mapping[str, Any], vote: str) -> di
     return {**{name: x.repeat(len(names), *[1] * (x.ndim - 1)) for name, x in tensors.items()}, **others}
 
 
-def _rows(names: Sequence[str], inputs: Mapping[str, Any]) -> list[str | Sequence[str] | None]:
+def rows_of(names: Sequence[str], inputs: Mapping[str, Any]) -> list[str | Sequence[str] | None]:
+    """The adapter of each row of replicated inputs."""
     rows = next(x.shape[0] for x in inputs.values() if isinstance(x, Tensor)) // len(names)
     return [name for name in names for _ in range(rows)]

@@ -53,11 +53,15 @@ class Template:
     What a tokenizer adds by itself ([CLS], [SEP], <s>) is no part of a template. Without its runs a template is an
     ordinary text, in which blanks around a run become one.
 
+    Args:
+        source: the template.
+        bare: it may be without virtual tokens.
+
     Raises:
         MethodError: there is no run of virtual tokens, or a brace that cannot be read.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, bare: bool = False) -> None:
         self.source = source
         self.parts = tuple(self._parse(source))
         self.counts = tuple(part.count for part in self.parts if part.count)
@@ -68,7 +72,7 @@ class Template:
             else:
                 self._segments[-1].append(part)
         self.fields = tuple(dict.fromkeys(part.field for part in self.parts if part.field))
-        if not self.counts:
+        if not self.counts and not bare:
             raise MethodError(f"template {source!r} has no virtual tokens; write {{prompt:3}} where 3 should stand.")
 
     def _parse(self, source: str) -> list[Part]:
@@ -226,7 +230,8 @@ def fill_template(
     if not rows:
         raise DataError("fill_template() got no rows.")
     filled = [
-        _fill(template, places, tokenizer, row, first, max_length, shorten, index) for index, row in enumerate(rows)
+        fill_row(template, tokenizer, row, first, places=places, max_length=max_length, shorten=shorten, index=index)
+        for index, row in enumerate(rows)
     ]
     width = max(len(ids) for ids in filled)
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -262,16 +267,28 @@ def _template_of(adapter: Adapter) -> tuple[Template, Places | None, int]:
     return Template(piece.template), piece.places, int(table.num_embeddings)
 
 
-def _fill(
+def fill_row(
     template: Template,
-    places: Places | None,
     tokenizer: Any,
     row: Mapping[str, str],
     first: int,
-    max_length: int | None,
-    shorten: str | None,
-    index: int,
+    *,
+    places: Places | None = None,
+    max_length: int | None = None,
+    shorten: str | None = None,
+    index: int = 0,
 ) -> list[int]:
+    """The token ids of one row; see `fill_template`.
+
+    Args:
+        template, tokenizer, row, max_length, shorten: as there.
+        first: the id of virtual token 0, the size of the vocabulary.
+        places: where the runs stand, if not where the text says.
+        index: the row's number, for messages.
+
+    Raises:
+        DataError: a field is missing, or the row cannot be shortened enough.
+    """
     row = dict(row)
     while True:
         rendered = template.render(row)

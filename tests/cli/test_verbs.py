@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from inlay import cli
 from tiny import tiny
@@ -166,6 +167,53 @@ def test_sites_that_match_nothing_are_told_before_a_run_folder_is_made(inlay, wo
     assert not Path("run").exists()
 
 
+CONFIG = """model: {world}/bert
+data: {data}
+learning_rat: 1e-3
+num_train_epochs: many
+method: {{name: lora, rnk: 4}}
+"""
+
+
+def test_every_typo_of_a_file_is_told_at_once_with_its_line(inlay, world):
+    Path("run.yaml").write_text(CONFIG.format(world=world, data=world / "labelled.jsonl"))
+    code, out, err = inlay("train", "run.yaml", "-o", "run")
+    assert (code, out) == (2, "")
+    assert err.startswith("config error: 3 problems in the run configuration\n")
+    for part in (
+        "run.yaml:3  learning_rat: unknown key; did you mean 'learning_rate'",
+        "run.yaml:4  num_train_epochs: ",
+        "run.yaml:5  method.rnk: unknown key; did you mean 'rank'",
+    ):
+        assert part in err
+    assert "Traceback" not in err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "told"),
+    [
+        ("nowhere.csv", 1, "nowhere.csv"),
+        ("./no/such/folder", 1, "no/such/folder"),
+        ("empty.csv", 1, "empty.csv"),
+        ("latin.csv", 1, "latin.csv:2"),
+        ("broken.jsonl", 1, "broken.jsonl:2"),
+        ("one.csv", 1, "all rows have the label 'red'"),
+    ],
+)
+def test_data_that_cannot_be_read_is_one_error(inlay, world, data, code, told):
+    Path("empty.csv").write_text("")
+    Path("latin.csv").write_bytes("text,label\nein Bär,red\na cat,blue\n".encode("latin-1"))
+    Path("broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label"\n')
+    Path("one.csv").write_text("text,label\na cat,red\na dog,red\n")
+    got, _, err = inlay("train", "--model", str(world / "bert"), "--data", data, "-o", "run")
+    assert got == code
+    assert err.startswith("data error: ")
+    assert told in err
+    assert "Traceback" not in err
+    assert not Path("run").exists()
+
+
 def test_debug_shows_the_traceback(inlay, monkeypatch):
     from inlay.errors import ConfigError
 
@@ -265,6 +313,28 @@ def test_generate_writes_and_is_repeatable(inlay, runs):
 def test_the_verb_for_the_other_kind_is_named(inlay, runs):
     assert "use: inlay generate" in inlay("predict", str(runs["writer"]), "--text", "a")[2]
     assert "use: inlay predict" in inlay("generate", str(runs["classifier"]), "--prompt", "a")[2]
+
+
+def test_export_as_a_plain_model_and_for_peft(inlay, runs):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from inlay.train.trained import open_trained
+
+    code, out, _ = inlay("export", str(runs["classifier"]), "plain")
+    assert code == 0
+    assert "BertForSequenceClassification.from_pretrained('plain')" in out
+    inputs = AutoTokenizer.from_pretrained("plain")(["a red cat is on the tree"], return_tensors="pt")
+    plain = AutoModelForSequenceClassification.from_pretrained("plain").eval()
+    trained = open_trained(runs["classifier"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, trained.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert inlay("export", str(runs["writer"]), "theirs", "--to", "peft")[0] == 0
+    assert {path.name for path in Path("theirs").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert sorted(path.name for path in Path().iterdir()) == ["plain", "theirs"]
+    code, _, err = inlay("export", str(runs["writer"]), "theirs")
+    assert (code, "theirs is there already and not empty" in err) == (2, True)
+    assert "did you mean 'peft'?" in inlay("export", str(runs["writer"]), "--to", "pefd")[2]
+    assert "--dtype is that of a merged model" in inlay("export", "x", "--to", "peft", "--dtype", "bf16")[2]
 
 
 def test_data_shows_rows_lengths_and_a_picture(inlay, world):

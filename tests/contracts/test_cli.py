@@ -11,25 +11,28 @@ from inlay.config import RunConfig
 FLAGS = {
     "train": "--model --data --eval-data --method --task --columns --output-dir --resume --allow-changed --quiet --json"
     " --keys",
-    "eval": "RUN --data --adapter --base --cpu --json",
-    "predict": "RUN [FILE] --text --pair --top --output --adapter --cpu --json",
+    "eval": "RUN --data --adapter --base --with --vote --cpu --json",
+    "predict": "RUN [FILE] --text --pair --top --output --adapter --with --vote --cpu --json",
     "generate": "RUN [FILE] --prompt --max-new-tokens --num-beams --sample --temperature --top-p --seed --output"
     " --adapter --cpu --json",
+    "export": "RUN [OUTPUT] --to --dtype --adapter --cpu",
     "data": "FILE... --model --task --columns --max-length --rows --start --on-bad-row --picture",
     "plan": "--model --method --base --gpu --batch --length --target-length --task --checkpointing --optim --device"
     " --revision --picture --json",
     "inspect": "MODEL --task --sites --revision",
     "methods": "[NAME] --json",
+    "sweep": "--random --seed --together --output-dir --quiet --json",
     "demo": "--method --steps --output-dir --json",
 }
 
 KEYS = """
 model data eval_data eval_fraction columns task max_length packing weights streaming group_by_length on_bad_row method
+template verbalizer init_text init_classes
 output_dir resume allow_changed revision dtype attn_implementation quantization double_quant trust_remote_code
 learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm
 optim adam_beta1 adam_beta2 adam_epsilon loraplus_lr_ratio label_smoothing_factor bf16 fp16 gradient_checkpointing
-torch_compile seed logging_steps eval_steps save_steps save_total_limit metric_for_best_model greater_is_better
+fsdp torch_compile seed logging_steps eval_steps save_steps save_total_limit metric_for_best_model greater_is_better
 load_best_model_at_end early_stopping_patience early_stopping_threshold baseline eval_samples generation_metrics
 generation_eval_rows generation_max_new_tokens generation_num_beams report_to use_cpu
 """

@@ -279,6 +279,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
 
 
+def test_a_base_in_four_bits_is_packed_while_loading_and_its_new_head_is_not(world, tmp_path, monkeypatch):
+    import inlay.quant.model
+
+    monkeypatch.setattr(inlay.quant.model, "quantize", lambda *_, **__: pytest.fail("the dense model was in memory"))
+    result = run(world, "bert", "labelled", tmp_path / "run", quantization="nf4", method={"name": "lora", "rank": 2})
+    trained = open_trained(tmp_path / "run")
+    assert type(trained.model.bert.encoder.layer[0].output.dense).__name__.startswith("Linear4")
+    assert trained.model.classifier.weight.is_floating_point()
+    again = next(iter(trained.evaluate().values()))
+    assert again["loss"] == pytest.approx(result.results["LoRA"]["loss"], abs=1e-5)
+
+
+def test_the_run_folder_tells_what_a_method_found_out(world, tmp_path):
+    method = {"name": "adalora", "target_rank": 1, "init_rank": 3, "interval": 1}
+    result = run(world, "bert", "labelled", tmp_path / "ranks", method=method, max_steps=12, eval_steps=6)
+    found = json.loads((tmp_path / "ranks" / "ranks.json").read_text())
+    assert sum(found.values()) <= len(found) < 3 * len(found)
+    assert result.pictures == ["ranks.png"]
+    assert "![ranks.png](ranks.png)" in (tmp_path / "ranks" / "README.md").read_text()
+    result = run(world, "bert", "labelled", tmp_path / "gates", method="unipelt")
+    gates = json.loads((tmp_path / "gates" / "gates.json").read_text())
+    assert all(0 < value < 1 for value in gates.values())
+    assert (tmp_path / "gates" / "gates.png").stat().st_size > 1000
+
+
 def test_packed_rows_train_as_rows_alone(world, tmp_path):
     result = run(world, "llama", "prompted", tmp_path / "run", packing=True, generation_metrics=False)
     assert result.state.rows > 4 * 8 * 2  # several rows in each sequence

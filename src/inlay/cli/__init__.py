@@ -17,7 +17,7 @@ from inlay.errors import InlayError
 if TYPE_CHECKING:
     import typer
 
-VERB_ORDER = ("demo", "plan", "train", "eval", "predict", "generate", "data", "inspect", "methods")
+VERB_ORDER = ("demo", "plan", "train", "eval", "predict", "generate", "export", "data", "inspect", "methods")
 """Verbs in the order in which a user meets them; others follow by name."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, nearest
 
 Rows = str | Sequence[Any]
 
@@ -30,6 +30,17 @@ def given(file: str | None, texts: list[str] | None, pairs: list[str] | None, op
     if len(pairs) != len(texts):
         raise ConfigError(f"{len(texts)} texts and {len(pairs)} second texts; give as many")
     return list(zip(texts, pairs, strict=True))
+
+
+def checked_vote(vote: str) -> Literal["majority", "mean"]:
+    """How adapters vote.
+
+    Raises:
+        ConfigError: neither of the two ways.
+    """
+    if vote == "majority" or vote == "mean":
+        return vote
+    raise ConfigError(f"--vote {vote}: {nearest(vote, ['majority', 'mean'])}")
 
 
 def say(quiet: bool) -> Callable[[str], None] | None:

@@ -34,7 +34,8 @@ def verb(
 
     console = Console()
     tokenizer = models.load_tokenizer(config)
-    prepared = prepare(data_spec(config), tokenizer, models.kind_of(models.load_config(config)))
+    model_config = models.load_config(config)
+    prepared = prepare(data_spec(config, tokenizer, model_config), tokenizer, models.kind_of(model_config))
     console.print(f"[bold]{escape(prepared.format)}[/]", highlight=False)
     for line in prepared.report.lines():
         console.print(escape(line), highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 from inlay.data.encode_labels import LabelledEncoder, SpansEncoder, TaggedEncoder
+from inlay.data.encode_template import TemplateEncoder, Wording
 from inlay.data.encode_text import CausalEncoder, Seq2SeqEncoder
 from inlay.data.examples import Encoder, ids_of
 from inlay.data.formats import ANSWERING, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Format, ModelKind, detect
@@ -29,13 +30,19 @@ _CHUNK = 256
 Progress = Callable[[str, int, int], None]
 
 
-def max_length_of(given: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`given`, checked, or the tokenizer's limit where that is not above `DEFAULT_MAX_LENGTH`."""
-    limit = int(min(tokenizer.model_max_length, 1 << 30))
+def max_length_of(given: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> int:
+    """`given`, checked, or the limit of tokenizer and model where that is not above `DEFAULT_MAX_LENGTH`.
+
+    Raises:
+        DataError: `given` is more than the model has positions for, or than the tokenizer says that it takes.
+    """
+    limit = int(min(tokenizer.model_max_length, positions or 1 << 30, 1 << 30))
     if given is None:
         return min(limit, DEFAULT_MAX_LENGTH)
     if given < 2:
         raise DataError(f"max_length is {given}; expected 2 or more")
+    if positions is not None and given > positions:
+        raise DataError(f"max_length is {given}, and the model has {positions} positions for a text")
     if given > limit:
         raise DataError(f"max_length is {given}, more than the {limit} tokens that the tokenizer's model takes")
     return given
@@ -85,8 +92,17 @@ def encoder_for(
     *,
     targets: bool = True,
     one_each: bool = False,
+    wording: Wording | None = None,
 ) -> Encoder:
-    """The encoder for a task; `one_each`: every row makes exactly one example, or is an error."""
+    """The encoder for a task; `one_each`: every row makes exactly one example, or is an error.
+
+    Raises:
+        DataError: a wording for a task without classes, or one that does not fit the rows.
+    """
+    if wording is not None:
+        if form.task != SEQUENCE:
+            raise DataError(f"a template with a verbalizer is for {SEQUENCE}; the task is {form.task}")
+        return TemplateEncoder(tokenizer, max_length, wording, form.roles)
     if form.task in (SEQUENCE, REGRESSION):
         return LabelledEncoder(tokenizer, max_length)
     if form.task == TOKEN:

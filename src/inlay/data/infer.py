@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from inlay.data.encode_template import Wording
 from inlay.data.encoded import Encoded
 from inlay.data.encoding import encoder_for, format_of, making_of, max_length_of
 from inlay.data.formats import ANSWERING, KINDS, REGRESSION, SEQUENCE, TOKEN, Format, checked_task
@@ -32,6 +33,7 @@ def prepare_infer(
     max_length: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     skipped_file: Path | None = None,
+    wording: Wording | None = None,
 ) -> tuple[Encoded, str]:
     """Rows to predict or generate for; nothing to learn need be in them.
 
@@ -45,6 +47,7 @@ def prepare_infer(
         max_length: most tokens of a row, as in training.
         on_bad_row: `skip` needs `skipped_file`, where such rows are written.
         skipped_file: that file.
+        wording: how texts are put to a language model, as in training.
 
     Returns:
         The examples (`prompt_ids(i)`, `origin(i)`; `reference(i)` where the rows say what is right; `labelled` where
@@ -59,7 +62,7 @@ def prepare_infer(
     reader = _infer_reader(rows, task, columns or {})
     form = _form(reader, task, columns)
     length = max_length_of(max_length, tokenizer)
-    encoder = encoder_for(form, tokenizer, length, targets=False, one_each=True)
+    encoder = encoder_for(form, tokenizer, length, targets=False, one_each=True, wording=wording)
     for name in labels or []:
         encoder.names.setdefault(name, len(encoder.names))
     making = making_of(reader, form, encoder, BadRows(on_bad_row, skipped_file), lambda *_: None, targets=False)

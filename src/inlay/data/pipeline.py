@@ -100,7 +100,7 @@ class _Preparation:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"the cache folder {self.cache_dir} cannot be made: {error.strerror or error}") from error
-        self.max_length = max_length_of(spec.max_length, tokenizer)
+        self.max_length = max_length_of(spec.max_length, tokenizer, spec.positions)
         self.report = Report(max_length=self.max_length)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.notes: list[str] = []
@@ -188,7 +188,7 @@ class _Preparation:
         key = store_key(
             name=reader.name,
             rows=reader.fingerprint(),
-            form=[form.kind, form.roles, form.task],
+            form=[form.kind, form.roles, form.task, *([self.spec.wording] if self.spec.wording else [])],
             tokenizer=self.tokenizer_hash,
             max_length=self.max_length,
             on_bad_row=self.spec.on_bad_row,
@@ -212,7 +212,7 @@ class _Preparation:
     def _store(self, reader: Reader, form: Format, key: str) -> Store:
         def make(folder: Path) -> Making:
             bad = BadRows(self.spec.on_bad_row, folder / "skipped.jsonl")
-            encoder = encoder_for(form, self.tokenizer, self.max_length)
+            encoder = encoder_for(form, self.tokenizer, self.max_length, wording=self.spec.wording)
             return making_of(reader, form, encoder, bad, self.progress, coverage=Coverage(self.tokenizer))
 
         store, happened = open_or_make(self.cache_dir / key, make)
@@ -228,7 +228,7 @@ class _Preparation:
         skipped = self.cache_dir / f"skipped-{os.getpid()}-{reader.name.replace('/', '-')}.jsonl"
         skipped.unlink(missing_ok=True)
         bad = BadRows(self.spec.on_bad_row, skipped)
-        encoder = encoder_for(form, self.tokenizer, self.max_length, one_each=True)
+        encoder = encoder_for(form, self.tokenizer, self.max_length, one_each=True, wording=self.spec.wording)
         coverage = Coverage(self.tokenizer)
         rows, several = [], False
         for number, record in records_of(reader, form, bad, self.progress, "checking"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    from inlay.data.encode_template import Wording
     from inlay.data.encoded import Encoded
     from inlay.data.store import Counts
 
@@ -43,6 +44,8 @@ class DataSpec:
         streaming: tokenize rows when they are needed, not ahead; rows are still all read once to find the bad ones.
         cache_dir: where tokenized data is kept; `INLAY_CACHE` or `~/.cache/inlay` where absent.
         group_by_length: whether batches are meant to hold examples of like length (for `Batches`).
+        positions: most tokens that the model takes, less those that a method adds; None where there is no limit.
+        wording: how texts are put to a language model that answers with a word.
     """
 
     data: str | list[str]
@@ -58,6 +61,8 @@ class DataSpec:
     streaming: bool = False
     cache_dir: Path | None = None
     group_by_length: bool = True
+    positions: int | None = None
+    wording: Wording | None = None
 
 
 @dataclass

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = 1000
 _MODULES = (
-    *("chat", "encode_labels", "encode_text", "encoding", "examples", "formats", "parse"),
-    *("readers", "rows", "sources", "store", "tables", "text_readers"),
+    *("chat", "encode_labels", "encode_template", "encode_text", "encoding", "examples", "formats", "parse"),
+    *("readers", "rows", "sources", "store", "tables", "text_readers", "../template"),
 )
 """The code that decides what a store holds."""
 

@@ -39,7 +39,7 @@ def load_quantized(
     auto_class: Any = AutoModelForCausalLM,
     config: BlockQuantization | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> Any:
     """Load a checkpoint with its linear layers in 4 bits, packing one weight after the other.
 
     Memory in use stays below the quantised model plus the largest tensor (`benchmarks/quant_memory.py`).
@@ -52,10 +52,13 @@ def load_quantized(
             stored settings hold, and of `config` only `compute_dtype` is taken.
         kwargs: for `from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
 
+    Returns:
+        The model; with `output_loading_info=True` the pair that `from_pretrained` gives then.
+
     Raises:
         QuantizationError: no safetensors, a checkpoint quantised in another way, or settings that contradict it.
     """
-    folder = _folder(path)
+    folder = _folder(path, kwargs.pop("revision", None))
     model_config = kwargs.pop("config", None)
     if model_config is None:  # fields of the config among kwargs go there, as in from_pretrained
         kept: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "trust_remote_code") if key in kwargs}
@@ -76,11 +79,12 @@ def load_quantized(
             for file in [files.enter_context(_open(name)) for name in _weight_files(folder)]
             for key in file.keys()  # noqa: SIM118 (not a dict)
         }
-        model: PreTrainedModel = cls.from_pretrained(None, config=model_config, state_dict=slices, **kwargs)
+        loaded: Any = cls.from_pretrained(None, config=model_config, state_dict=slices, **kwargs)
+    model: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config._name_or_path = model.name_or_path = str(path)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return loaded
 
 
 def _model_class(auto_class: Any, config: Any, kwargs: dict[str, Any]) -> tuple[type[PreTrainedModel], Any]:
@@ -99,13 +103,13 @@ def _model_class(auto_class: Any, config: Any, kwargs: dict[str, Any]) -> tuple[
     return type(empty), empty.config
 
 
-def _folder(path: str | Path) -> Path:
+def _folder(path: str | Path, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.py"]
-    return Path(snapshot_download(str(path), allow_patterns=patterns))
+    return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
 def _weight_files(folder: Path) -> list[Path]:

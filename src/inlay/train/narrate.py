@@ -18,6 +18,7 @@ from inlay.train.metrics import HIGHER_IS_BETTER, MAIN
 from inlay.train.optim import warmup_steps
 from inlay.train.report import size
 from inlay.train.session import Session
+from inlay.train.wording import told, words_of
 
 INDENT = 11
 
@@ -69,7 +70,9 @@ class Narrator:
         else:
             memory_needed = _memory(session)
         new = f"new weights, trained with it: {', '.join(session.new_modules)}" if session.new_modules else ""
-        self.fact("method", escape(repr(adapter.method)), *([escape(new)] if new else []))
+        words = words_of(config, session.tokenizer, session.prepared.labels)
+        said = f"{config.template!r} -> {told(words, session.tokenizer)}" if words is not None else ""
+        self.fact("method", escape(repr(adapter.method)), *(escape(text) for text in (new, said) if text))
         self.fact(
             "plan",
             f"{trained:,} parameters are trained{parts}, {stored:,} stored; the base has {base:,} "
@@ -88,12 +91,14 @@ class Narrator:
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("held-out")
         for name in columns:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for name, metrics in results.items():
             table.add_row(name, *(cell(metrics, column, results) for column in columns))
         self._print("")
         if not self.quiet:
-            self.console.print(table)
+            # Off a terminal nothing is cut: a log has no width.
+            needed = 24 + 14 * len(columns)
+            self.console.print(table, width=None if self.console.is_terminal else max(self.console.width, needed))
 
     def gain(self, results: Mapping[str, Mapping[str, float]], task: str, trained: str) -> None:
         """One sentence on what the adapter brought."""
@@ -106,7 +111,8 @@ class Narrator:
             self._print(f"{trained} lowers the {main} from {theirs:.3f} to {ours:.3f}.")
         elif main in HIGHER_IS_BETTER:
             points = 100 * (ours - theirs)
-            self._print(f"{trained} is [bold]{points:+.1f} points[/] of {main} from {other}.")
+            where = "above" if points >= 0 else "below"
+            self._print(f"{trained} is [bold]{abs(points):.1f} points[/] of {main} {where} {other}.")
 
     def commands(self, commands: Sequence[str]) -> None:
         """What to type next."""

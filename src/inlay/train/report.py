@@ -36,6 +36,8 @@ def plot(run: Path, metric: str) -> Path | None:
     axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
     axes[0].plot(*zip(*train, strict=True), color="0.7", linewidth=1, label="training")
     axes[0].plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training, smoothed")
+    for ax in axes:
+        ax.set_prop_cycle(color=["tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"])
     for split in splits:
         _curve(axes[0], log, split, "loss")
         if beside:
@@ -54,9 +56,17 @@ def _curve(ax: Any, log: Sequence[Mapping[str, Any]], split: str, metric: str) -
     points = [(r["step"], r[metric]) for r in log if r["split"] == split and metric in r]
     if not points:
         return
-    ax.plot(*zip(*points, strict=True), "o-", color="tab:orange", label=split)
-    best = (min if metric in LOWER_IS_BETTER else max)(points, key=lambda point: point[1])
-    ax.annotate(f"{best[1]:.4g}", best, textcoords="offset points", xytext=(4, 6), fontsize=8)
+    title = "held-out" if split == "eval" else f"held-out {split}"
+    ax.plot(*zip(*points, strict=True), "o-", label=title)
+    lower = metric in LOWER_IS_BETTER
+    best = (min if lower else max)(points, key=lambda point: point[1])
+    # Inside the axes: towards the side where there is room, and off the curve.
+    right = best[0] > (points[0][0] + points[-1][0]) / 2
+    place: dict[str, Any] = {"xytext": (-2 if right else 2, -8 if lower else 8), "ha": "right" if right else "left"}
+    ax.annotate(
+        f"{best[1]:.4g}", best, textcoords="offset points", va="top" if lower else "bottom", fontsize=8, **place
+    )
+    ax.margins(y=0.12)
 
 
 def _smooth(points: Sequence[tuple[int, float]], keep: float = 0.9) -> list[tuple[int, float]]:
@@ -73,7 +83,7 @@ def card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: base, task, data, method, config, results (name -> metrics), trained, stored, base_parameters, bytes,
-            citation, versions, commands, changes.
+            citation, versions, commands, changes, pictures (files that show what the method found out).
     """
     front = "\n".join(
         [
@@ -105,7 +115,7 @@ An adapter for `{facts["base"]}`, trained with [inlay](https://pypi.org/project/
 | training | {facts["training"]} |
 
 ![loss](loss.png)
-
+{"".join(f"{chr(10)}![{name}]({name})" + chr(10) for name in facts["pictures"])}
 ## Use
 
 ```bash
@@ -135,6 +145,7 @@ Everything else: `config.yaml`; software: {facts["versions"]} (`env.json`).
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Results as a Markdown table, one row for each model."""
     columns = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+    columns.sort(key=lambda name: name == "loss")  # last: it is not what a reader looks for
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, metrics in results.items():
         cells = (f"{metrics[c]:.4g}" if c in metrics else "" for c in columns)

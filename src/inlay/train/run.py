@@ -19,7 +19,7 @@ from inlay import folders
 from inlay.config import RunConfig
 from inlay.config_loading import build_method, method_name
 from inlay.errors import TrainingError
-from inlay.train import checkpoint, report, runfolder, trackers
+from inlay.train import checkpoint, insights, models, report, runfolder, trackers, wording
 from inlay.train.baseline import BASELINE_NAME, head_only
 from inlay.train.checkpoint import RunState
 from inlay.train.defaults import kind_of
@@ -47,6 +47,7 @@ class Result:
     adapter_bytes: int = 0
     trained_parameters: int = 0
     commands: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
 
 
 def train(config: RunConfig, *, console: Console | None = None, quiet: bool = False) -> Result:
@@ -71,9 +72,13 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
     with StopRequest() as stop:
         session = open_session(config, name, narrator.say, _batches_per_step(config, run, start))
         run = Path(Team(session.accelerator).of_main(str(run)))
+        classes = session.prepared.labels or ()
+        method = wording.fitted(method, session.config, session.wording, session.tokenizer, classes)
         adapter = attach_new(session, method, ADAPTER)
+        if not config.resume:
+            wording.start_from_words(adapter, session.config, session.tokenizer)
         _ready_model(session, adapter)
-        return _Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
+        return Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
 
 
 def _batches_per_step(config: RunConfig, run: Path, start: Path | None) -> int | None:
@@ -101,8 +106,8 @@ def _ready_model(session: Session, adapter: Any) -> None:
         model.compile()
 
 
-class _Run:
-    """The parts of a run that its steps share."""
+class Run:
+    """One run on a session: `go` is all of it; `loop`, `begin` and `finish` are its parts, for who trains several."""
 
     def __init__(
         self, session: Session, adapter: Any, run: Path, narrator: Narrator, stop: StopRequest, method: str
@@ -127,10 +132,10 @@ class _Run:
     def go(self, start: Path | None, *, resume: bool) -> Result:
         """All of it, from the plan to the model card."""
         self.narrator.found(self.session)
-        loop = self._loop()
+        loop = self.loop()
         self.narrator.plan(self.session, self.adapter, loop.total_steps, self.run)
         self._show_example()
-        self._begin(loop, start, resume=resume)
+        self.begin(loop, start, resume=resume)
         self.stop.defer()
         with loop.display:
             try:
@@ -144,9 +149,10 @@ class _Run:
                 for tracker in loop.trackers:
                     tracker.close()
         self.stop.release()
-        return self._finish(loop, state)
+        return self.finish(loop, state)
 
-    def _loop(self) -> Loop:
+    def loop(self) -> Loop:
+        """The loop of this run, at its first step."""
         session, config = self.session, self.config
         encoded = session.prepared.train
         loop = Loop(
@@ -169,7 +175,7 @@ class _Run:
                 piece.begin(loop.total_steps)
         return loop
 
-    def _begin(self, loop: Loop, start: Path | None, *, resume: bool) -> None:
+    def begin(self, loop: Loop, start: Path | None, *, resume: bool) -> None:
         """Write the run folder, or take up its newest complete checkpoint."""
         skipped: list[str] = []
         if resume and start is None:
@@ -239,7 +245,8 @@ class _Run:
 
     # -- after the loop -----------------------------------------------------------------------------------------------
 
-    def _finish(self, loop: Loop, state: RunState) -> Result:
+    def finish(self, loop: Loop, state: RunState) -> Result:
+        """Keep the best adapter, measure what is left to measure, and write the report."""
         result = Result(self.run, state, trained_parameters=self.adapter.trained_parameters)
         title = title_of(self.adapter.method)
         use_best = self.config.load_best_model_at_end and state.best_step is not None
@@ -254,18 +261,26 @@ class _Run:
         if self.session.prepared.evals:
             if kind_of(self.session.task) == "generation":
                 ours |= self._generation()
-            elif self.config.baseline and self.method != BASELINE_NAME and not is_sharded(self.session.model):
+            elif self._compares():
                 self.narrator.say("training the task head alone, to compare")
                 result.results["head only"] = head_only(self.session, self.evaluator, loop)
             result.results[title] = ours
         result.adapter_bytes = runfolder.bytes_of(self.run / "adapter")
         result.commands = self._commands()
         if self.main:
+            held_out = next(iter(self.session.prepared.evals.values()), None)
+            batches = self.session.eval_batches(held_out) if held_out is not None else None
+            result.pictures = insights.write(self.run, self.adapter, batches, self.session.task, self.session.autocast)
             report.plot(self.run, self.config.metric_for_best_model or MAIN[self.session.task])
             folders.replace_text(self.run / "README.md", report.card(self._facts(result, title)))
             folders.replace_text(self.run / "results.json", json.dumps(result.results, indent=1))
         self._tell(result, title)
         return result
+
+    def _compares(self) -> bool:
+        """Whether the task head alone is trained beside it: there is one, and this process has the whole model."""
+        wanted = self.config.baseline and self.method != BASELINE_NAME
+        return wanted and self.config.verbalizer is None and not is_sharded(self.session.model)
 
     def _keep_adapter(self, *, use_best: bool) -> None:
         if use_best:
@@ -345,13 +360,13 @@ class _Run:
             "versions": ", ".join(f"{key} {env[key]}" for key in ("inlay", "torch", "python")),
             "citation": inlay.citation(adapter),
             "changes": state.changes,
+            "pictures": result.pictures,
         }
 
     def _python(self) -> str:
-        from inlay.train.models import AUTO
-
-        auto = AUTO[self.session.task]
-        labels = self.session.prepared.labels
+        kind = models.kind_of(self.session.model.config)
+        auto = models.auto_class(self.config, self.session.task, kind)
+        labels = self.session.prepared.labels if self.config.verbalizer is None else None
         extra = f", num_labels={len(labels)}" if labels else ""
         return (
             f"import inlay\nfrom transformers import {auto}\n\n"

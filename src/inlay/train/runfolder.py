@@ -6,6 +6,7 @@ env.json         one entry per start: machine, software, arguments
 metrics.jsonl    every logged number
 samples.jsonl    texts generated at each evaluation
 loss.png         the curves
+ranks.json .png  where AdaLoRA spent its budget; gates.json .png: how far UniPELT's gates are open
 adapter/         the result: the best adapter, or the last one
 best/            the best adapter so far
 checkpoint-N/    to continue from
@@ -47,7 +48,7 @@ def place(config: RunConfig, method: str) -> tuple[Path, Path | None]:
     if config.resume:
         return _resumed(config)
     if config.output_dir is None:
-        wanted = Path("runs") / f"{_slug(config.model)}-{_slug(_first(config.data))}-{_slug(method)}"
+        wanted = default_folder(config, _slug(method))
         run, number = wanted, 1
         while run.exists():
             number += 1
@@ -61,6 +62,11 @@ def place(config: RunConfig, method: str) -> tuple[Path, Path | None]:
     if run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"output_dir: {run} is not empty and holds no run; name another folder")
     return run, None
+
+
+def default_folder(config: RunConfig, last: str) -> Path:
+    """Where a run lies that was given no folder: `runs/<model>-<data>-<last>`."""
+    return Path("runs") / f"{_slug(config.model)}-{_slug(_first(config.data))}-{last}"
 
 
 def _resumed(config: RunConfig) -> tuple[Path, Path | None]:

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inlay.config import RunConfig
+from inlay.config_loading import build_method
 from inlay.errors import ConfigError
 from inlay.train import models
 from inlay.train.defaults import resolve_method, resolve_steps
 from inlay.train.distributed import Team, same_step
 from inlay.train.loop import total_steps
 from inlay.train.precision import autocast, resolve_dtype, resolve_precision
+from inlay.train.wording import check_vocabulary, virtual_tokens, wording_of, words_of
 
 if TYPE_CHECKING:
     from inlay.data import Batches, DataSpec, Encoded, Prepared
+    from inlay.data.encode_template import Wording
 
 Say = Callable[[str], None]
 
@@ -39,6 +42,7 @@ class Session:
     model: Any
     new_modules: tuple[str, ...]
     train_batches: Batches
+    wording: Wording | None = None
 
     @property
     def task(self) -> str:
@@ -100,7 +104,11 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     tokenizer = models.load_tokenizer(config)
     say(f"reading {shown_data(config)}")
     with accelerator.main_process_first():
-        prepared = prepare(data_spec(config), tokenizer, kind)
+        spec = data_spec(config, tokenizer, model_config)
+        prepared = prepare(spec, tokenizer, kind)
+    if config.verbalizer is not None and (prepared.task != "sequence-classification" or prepared.multi_label):
+        several = "several classes for one text" if prepared.multi_label else prepared.task
+        raise ConfigError(f"verbalizer: names one class for each text, and the data is for {several}")
     config = resolve_precision(resolve_method(config, method_name, prepared.task), accelerator.device)
     config = resolve_dtype(config, method_name, getattr(model_config, "dtype", None), accelerator.device)
     say(f"loading {config.model}")
@@ -109,10 +117,12 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     whole = config.fsdp and config.quantization is None
     place = torch.device("cpu") if whole else accelerator.device
     loaded = models.load_model(config, prepared, tokenizer, place)
+    if spec.wording is not None:
+        check_vocabulary(spec.wording, loaded.model)
     train = batches_of(prepared.train, config, tokenizer, prepared.task, accelerator.device, train=True)
     steps = total_steps(config, len(train), accelerator.num_processes)
     config = resolve_steps(config, steps, held_out=bool(prepared.evals))
-    return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train)
+    return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train, spec.wording)
 
 
 def attach_new(session: Session, method: Any, name: str) -> Any:
@@ -125,10 +135,14 @@ def attach_new(session: Session, method: Any, name: str) -> Any:
     return inlay.attach(session.model, method, name=name, head=[*head, *new] if new else "auto")
 
 
-def data_spec(config: RunConfig) -> DataSpec:
-    """What the configuration asks of the data."""
+def data_spec(config: RunConfig, tokenizer: Any, model_config: Any) -> DataSpec:
+    """What the configuration asks of the data, and what the model allows."""
     from inlay.data import DataSpec
 
+    wording = wording_of(config, models.kind_of(model_config), tokenizer, model_config)
+    positions = models.positions_of(model_config)
+    if positions is not None:
+        positions = max(2, positions - virtual_tokens(build_method(config.method), wording))
     return DataSpec(
         data=config.data,
         eval_data=config.eval_data,
@@ -142,6 +156,8 @@ def data_spec(config: RunConfig) -> DataSpec:
         weights=config.weights,
         streaming=config.streaming,
         group_by_length=config.group_by_length,
+        positions=None if config.max_length is not None and models.rotates(model_config) else positions,
+        wording=wording,
     )
 
 
@@ -161,6 +177,7 @@ def batches_of(
         pad_token_id=tokenizer.pad_token_id,
         task=task,
         device=device,
+        words=words_of(config, tokenizer, encoded.labels.names),
     )
 
 
@@ -187,7 +204,7 @@ def identity(session: Session, adapter: Any) -> dict[str, Any]:
         "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
         "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio",
         "label_smoothing_factor", "per_device_train_batch_size", "group_by_length", "packing", "bf16", "fp16", "dtype",
-        "quantization",
+        "quantization", "verbalizer",
     )  # fmt: skip
     return {
         "base": f"{Path(config.model).name} {_digest(fingerprint(session.model))}",

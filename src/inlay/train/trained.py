@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inlay import folders
 from inlay.config import RunConfig
+from inlay.data.encode_template import Wording
+from inlay.ensembling import Vote, decide, replicated, rows_of
 from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.train import models, runfolder
 from inlay.train.defaults import kind_of
-from inlay.train.evaluate import Evaluator, decode
+from inlay.train.evaluate import Evaluator, Run, decode
 from inlay.train.generate import Decoding, generate
 from inlay.train.loss import forward
 from inlay.train.narrate import title_of
 from inlay.train.precision import autocast
 from inlay.train.session import batches_of, data_spec, open_accelerator, seed_everything
+from inlay.train.wording import without_virtual_tokens, wording_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class Trained:
     model: Any
     adapter: Any
     device: torch.device
+    wording: Wording | None = None
+    voters: tuple[str, ...] = ()
+    vote: Vote = "majority"
 
     @property
     def title(self) -> str:
@@ -70,17 +78,46 @@ class Trained:
         Raises:
             DataError: the file cannot be read as the training data was.
         """
-        evaluator = Evaluator(
-            self.model, self._sets(data), self._batches, self.facts.task, self.tokenizer, self.autocast
-        )
-        return evaluator.measure_all()
+        found = self._measure(data, self.wording, self._run)
+        if self.voters and self.vote == "majority":  # votes are no probabilities, and have no loss
+            for metrics in found.values():
+                metrics.pop("loss", None)
+        return found
 
-    def _sets(self, data: str | None) -> dict[str, Any]:
+    def evaluate_base(self, data: str | None = None) -> dict[str, dict[str, float]]:
+        """The same of the model without any adapter."""
+        import inlay
+
+        wording = None if self.wording is None else without_virtual_tokens(self.wording)
+        with inlay.use(self.model, None):
+            return self._measure(data, wording, forward)
+
+    def _measure(self, data: str | None, wording: Wording | None, run: Run) -> dict[str, dict[str, float]]:
+        sets = self._sets(data, wording)
+        task = self.facts.task
+        return Evaluator(self.model, sets, self._batches, task, self.tokenizer, self.autocast, run=run).measure_all()
+
+    def _run(self, model: Any, inputs: Mapping[str, Tensor], task: str) -> Any:
+        """The model's output; where several adapters vote, their answer as if it were one."""
+        if not self.voters:
+            return forward(model, inputs, task)
+        import inlay
+
+        every = replicated(self.voters, inputs, self.vote)
+        with inlay.use(model, rows_of(self.voters, every)):
+            decided = decide(forward(model, every, task).logits, len(self.voters), self.vote)
+        if self.vote == "mean":
+            return SimpleNamespace(logits=decided.log_probs)
+        # Shares of the votes; among equals the more probable class, by a trace.
+        return SimpleNamespace(logits=(decided.votes + 1e-3 * decided.log_probs.exp()).log())
+
+    def _sets(self, data: str | None, wording: Wording | None) -> dict[str, Any]:
         from inlay.data import prepare, prepare_infer
 
         config, facts = self.config, self.facts
         if data is None:
-            prepared = prepare(data_spec(config), self.tokenizer, models.kind_of(self.model.config))
+            spec = replace(data_spec(config, self.tokenizer, self.model.config), wording=wording)
+            prepared = prepare(spec, self.tokenizer, models.kind_of(self.model.config))
             if not prepared.evals:
                 raise DataError(f"{self.run} held nothing out; give rows to evaluate on with --data")
             if prepared.labels != facts.labels:
@@ -89,7 +126,11 @@ class Trained:
         if kind_of(facts.task) == "generation":
             asked = config.model_copy(update={"data": data, "eval_data": None, "eval_fraction": 0.0, "weights": None})
             kind = models.kind_of(self.model.config)
-            return {Path(data).name: prepare(data_spec(asked), self.tokenizer, kind).train}
+            return {
+                Path(data).name: prepare(
+                    data_spec(asked, self.tokenizer, self.model.config), self.tokenizer, kind
+                ).train
+            }
         encoded, _ = prepare_infer(
             data,
             self.tokenizer,
@@ -98,6 +139,7 @@ class Trained:
             labels=facts.labels,
             multi_label=facts.multi_label,
             max_length=facts.max_length,
+            wording=wording,
         )
         if not encoded.labelled:
             raise DataError(f"{data} has no labels to compare with; use inlay predict")
@@ -119,6 +161,7 @@ class Trained:
             labels=facts.labels,
             multi_label=facts.multi_label,
             max_length=facts.max_length,
+            wording=self.wording,
         )
         return encoded
 
@@ -138,7 +181,7 @@ class Trained:
         found: dict[int, dict[str, Any]] = {}
         for batch in self._batches(encoded).epoch(0):
             with torch.no_grad(), self.autocast():
-                output = forward(self.model, batch.inputs, self.facts.task)
+                output = self._run(self.model, batch.inputs, self.facts.task)
             said = self._said(output, batch, encoded, top)
             found |= {int(i): one for i, one in zip(batch.indices, said, strict=True)}
         for index in range(len(encoded)):
@@ -192,7 +235,13 @@ class Trained:
 
 
 def open_trained(
-    run: str | Path, *, adapter: str | None = None, words: Sequence[str] = (), say: Callable[[str], None] | None = None
+    run: str | Path,
+    *,
+    adapter: str | None = None,
+    words: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
+    others: Sequence[str] = (),
+    vote: Vote = "majority",
 ) -> Trained:
     """The model of a run folder with its adapter.
 
@@ -201,10 +250,13 @@ def open_trained(
         adapter: another adapter folder than `run/adapter`.
         words: overrides of the configuration (`use_cpu=true`).
         say: told what is going on.
+        others: further run or adapter folders of the same model and classes; all of them answer each row together.
+        vote: how, see `inlay.ensemble`.
 
     Raises:
         CheckpointError: this is no run folder, or the run has no adapter yet.
         FormatError: the adapter cannot be read, or belongs to another base.
+        ConfigError: the others answer something else.
     """
     import inlay
 
@@ -223,5 +275,28 @@ def open_trained(
     seed_everything(config.seed)  # what the checkpoint lacks is drawn as it was in training
     model = models.load_model(config, facts, tokenizer, device).model
     handle = inlay.load(model, path)
+    voters = _voters(model, handle, others, config, facts)
     model.eval()
-    return Trained(folder, config, facts, tokenizer, model, handle, device)
+    wording = wording_of(config, models.kind_of(model.config), tokenizer, model.config)
+    return Trained(folder, config, facts, tokenizer, model, handle, device, wording, voters, vote)
+
+
+def _voters(model: Any, handle: Any, others: Sequence[str], config: RunConfig, facts: Facts) -> tuple[str, ...]:
+    """Attach the other adapters; the names of all that vote."""
+    import inlay
+
+    if not others:
+        return ()
+    if facts.task != "sequence-classification" or facts.multi_label:
+        raise ConfigError(f"adapters vote for one class of each text; this run does {facts.task}")
+    names = [handle.name]
+    for number, each in enumerate(others, 2):
+        folder = Path(each)
+        if (folder / runfolder.MARK).is_file():
+            theirs, said = runfolder.read_config(folder), Facts.read(folder)
+            if (theirs.template, theirs.verbalizer, said.labels) != (config.template, config.verbalizer, facts.labels):
+                raise ConfigError(f"{folder} was trained with another template, verbalizer or other classes")
+            folder /= "adapter"
+        names.append(inlay.load(model, folder, name=f"voter-{number}").name)
+    inlay.use(model, handle.name)
+    return tuple(names)
