@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from inlay.state import use as use
     from inlay.template import Template as Template
     from inlay.template import fill_template as fill_template
+    from inlay.train.callback import InlayCallback as InlayCallback
     from inlay.verbalizer import Verbalizer as Verbalizer
 
 # Public name -> the module that defines it. Where the name is that of the module, the module itself is meant.
@@ -84,6 +85,7 @@ _HOME = {
     "HeadOnly": "inlay.methods.full",
     "IA3": "inlay.methods.ia3",
     "Inlay": "inlay.methods.cell",
+    "InlayCallback": "inlay.train.callback",
     "LoRA": "inlay.methods.lora",
     "MAM": "inlay.methods.mam",
     "Method": "inlay.methods.base",

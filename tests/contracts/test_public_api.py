@@ -27,6 +27,7 @@ PUBLIC = [
     "HeadOnly",
     "IA3",
     "Inlay",
+    "InlayCallback",
     "LoRA",
     "MAM",
     "Method",

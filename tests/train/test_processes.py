@@ -40,7 +40,7 @@ def assert_same_numbers(one: Path, other: Path) -> None:
     ours, theirs = numbers(one), numbers(other)
     assert len(ours) == len(theirs)
     for mine, its in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(its, abs=1e-5)
+        assert mine == pytest.approx(its, rel=1e-5, abs=1e-5)
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:

@@ -92,6 +92,17 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def whole(run: Path, step: int) -> Path | None:
+    """The checkpoint of a step, where it is there and complete."""
+    path = folders.recover(path_of(run, step))
+    try:
+        folders.verify(path)
+        read_state(path)
+    except CheckpointError:
+        return None
+    return path
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for path in candidates(run)[keep:]:

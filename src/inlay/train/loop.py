@@ -173,7 +173,12 @@ class Loop:
             for _ in range(-(-group.batches // team.size) - len(group.own)):
                 self._backward(group.own[0] if group.own else next(self.train.epoch(0)), 0.0)
         team.sum_gradients(self.parameters)
-        total = team.sum(total)
+        return self._apply(group, team.sum(total), parts)
+
+    def _apply(
+        self, group: Group, total: Tensor, parts: Sequence[tuple[Sequence[Sequence[int]], Tensor]]
+    ) -> tuple[float, float]:
+        """Update from the gradients of a group, given its summed loss, and its examples with the losses of the rows."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         if self.scaler is None or self._no_overflow():
