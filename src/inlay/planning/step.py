@@ -60,7 +60,7 @@ def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions
     with contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         stack.callback(_forget_gradients, parameters)
-        recorder = Recorder(known)
+        recorder = Recorder(known, all_is=not conditions.padded)
         stand = _Stand(recorder, conditions)
         if conditions.checkpointing:
             stack.enter_context(_checkpointing(model, stand))
@@ -162,10 +162,6 @@ def _autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
         torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast = enabled, dtype_of, autocast  # type: ignore[misc]
 
 
-_ANSWER = "_inlay_answer"
-"""What a condition on values comes to: models ask whether all tokens are real, none NaN, all rows of one text."""
-
-
 class _Stand(TorchFunctionMode):
     """Puts a device's own way in the place of functions for which the meta device has none, or another."""
 
@@ -188,12 +184,6 @@ class _Stand(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         if func is F.dropout and given.device == "cuda":
             return _dropout(*args, **kwargs)
-        if func in (Tensor.__bool__, Tensor.item) and args[0].is_meta:
-            return getattr(args[0], _ANSWER, False)
-        if func in (torch.all, Tensor.all):
-            out = func(*args, **kwargs)
-            setattr(out, _ANSWER, not given.padded)
-            return out
         if func is F.linear and given.int8 and _storage(args[1]) in given.int8:
             return _Int8.apply(*args, *kwargs.values())  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)

@@ -60,10 +60,14 @@ class Recorder(TorchDispatchMode):
 
     Args:
         known: tensors that were there before and are counted elsewhere.
+        all_is: what `all` of some condition comes to, since there are no values: models ask whether all tokens are
+            real, all rows of one text. Any other condition (any NaN, any infinity) is false.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], *, all_is: bool = True) -> None:
         super().__init__()
+        self._all_is = all_is
+        self._every: set[int] = set()
         self._alive: dict[int, Any] = {_key(t): None for t in known}
         self._born: list[int] = []
         self._died: list[int] = []
@@ -74,6 +78,8 @@ class Recorder(TorchDispatchMode):
         self._forward_end: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _SCALAR and args[0].dtype == torch.bool and args[0].is_meta:
+            return self._all_is and _key(args[0]) in self._every
         out = func(*args, **(kwargs or {}))
         self._now += 1
         formula = _FLOPS.get(func._overloadpacket)
@@ -81,6 +87,8 @@ class Recorder(TorchDispatchMode):
             self.add_flops(formula(args, kwargs or {}, out))
         if isinstance(out, Tensor):
             self._see(out)
+            if func._overloadpacket is _aten.all:
+                self._every.add(_key(out))
         elif isinstance(out, list | tuple):
             for item in out:
                 if isinstance(item, Tensor):
@@ -114,6 +122,7 @@ class Recorder(TorchDispatchMode):
         def bury(_: Any) -> None:
             self._died[index] = self._now + 1
             self._alive.pop(key, None)
+            self._every.discard(key)
             self._index.pop(key, None)
 
         return bury
@@ -142,6 +151,11 @@ class Recorder(TorchDispatchMode):
         return Timeline(tables[0], tables[1], (self._flops[0], self._flops[1] // ROWS), (held[0], held[1]), order)
 
 
+_aten = torch.ops.aten
+_SCALAR = _aten._local_scalar_dense.default
+"""What `bool(tensor)` and `tensor.item()` come down to."""
+
+
 def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -162,7 +176,6 @@ def _registered(count: Callable[..., int]) -> Formula:
     return lambda args, kwargs, out: int(count(*args, **kwargs, out_val=out))
 
 
-_aten = torch.ops.aten
 _FLOPS: dict[Any, Formula] = {packet: _registered(count) for packet, count in flop_registry.items()} | {
     _aten.mm: _product(0, 1),
     _aten.addmm: _product(1, 2),
