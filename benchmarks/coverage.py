@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import multiprocessing
@@ -394,6 +395,7 @@ def report(results: list[Result], chosen: list[str]) -> str:
         "One tiny random model for each configuration class in transformers' mappings for causal, sequence-to-sequence and",
         "masked language modelling and sequence classification.",
         "",
+        f"* {datetime.date.today()}, `python benchmarks/coverage.py --jobs 1`",
         f"* {versions}, Python {platform.python_version()}, {platform.machine()}",
         f"* {len(results)} configuration classes, {len(ran)} run a tiny forward pass",
         f"* {len(attends)} of these attend: {_count(ran, 'interface')} through transformers' attention interface, "
@@ -412,8 +414,8 @@ def report(results: list[Result], chosen: list[str]) -> str:
     lines += [
         "",
         f"Methods that need an attention ({', '.join(KEYS)}) count the classes that attend; {len(full)} of those have a softmax",
-        "over all keys. HeadOnly counts the classes that can classify. A refusal is an error that names the reason before",
-        "anything is changed. Parts of a model that the text inputs of this sweep do not reach (image towers, unused",
+        "over all keys. HeadOnly counts the classes that can classify. A refusal is an error that names the reason;",
+        "it leaves the model as it was. Parts of a model that the text inputs of this sweep do not reach (image towers, unused",
         "experts) need no gradient.",
         "",
         "## Refusals and failures",

@@ -395,13 +395,14 @@ def test_half_precision_models_keep_their_dtype(dtype):
     assert all(p.dtype == torch.float32 and p.grad.any() for p in adapter.parameters())
 
 
-def test_attention_that_does_not_go_through_the_interface_is_refused_by_name():
-    config = transformers.DebertaV2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-    )
+def test_attention_by_windows_is_refused_by_name_when_attaching():
+    config = transformers.LongformerConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        attention_window=[4], pad_token_id=0,
+    )  # fmt: skip
     model = transformers.AutoModelForMaskedLM.from_config(config).eval()
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(SiteError, match="attention"):
+    with pytest.raises(AttachmentError, match="blocks"):
         prefixed(model)
     assert [type(m) for m in model.modules()] == classes
 

@@ -88,8 +88,12 @@ class Following(TorchFunctionMode):
             AttachmentError: scores were computed that no softmax and no values took, or none at all.
         """
         if self._query is not None or not self.served:
-            what = "the scores did not reach the values" if self._query is not None else "no product q kᵀ was seen"
-            raise AttachmentError(f"{self.path}: {what}, so its extra keys would have been ignored. {WAYOUT}")
+            what = "no product of all queries and keys was seen (it may go by blocks or windows)"
+            what = what if self._query is None else "its scores did not reach the values"
+            raise AttachmentError(
+                f"{self.path} computes its attention by itself, and {what}, so extra keys would have been ignored. "
+                + WAYOUT
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
