@@ -47,6 +47,8 @@ CONFIGS = {
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, **DEBERTA)),
     "deberta-xxl": lambda: (T.DebertaV2Model, T.DebertaV2Config(
         hidden_size=1536, num_hidden_layers=48, num_attention_heads=24, intermediate_size=6144, **DEBERTA)),
+    "bart-large": lambda: (T.BartModel, T.BartConfig()),
+    "mbart-large": lambda: (T.MBartModel, T.MBartConfig(vocab_size=250027)),
     "gpt2-medium": lambda: gpt(24, 1024, 16),
     "gpt2-large": lambda: gpt(36, 1280, 20),
     "gpt3": lambda: gpt(96, 12288, 96),
@@ -74,7 +76,8 @@ def count(name, method, **options):
     ("bert-base-cased", 108_310_272), ("bert-base-uncased", 109_482_240), ("bert-large-cased", 333_579_264),
     ("bert-large-uncased", 335_141_888), ("roberta-base", 124_055_040 + 590_592),
     ("roberta-large", 354_310_144 + 1_049_600), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-    ("llama-7b", 6_738_415_616), ("deberta-v3-base", 183_831_552),
+    ("llama-7b", 6_738_415_616), ("deberta-v3-base", 183_831_552), ("bart-large", 406_291_456),
+    ("mbart-large", 610_851_840),
 ])  # fmt: skip
 def test_sizes_of_the_bases(name, parameters):
     """RoBERTa is counted without its pooler in the literature, which classification does not use."""
@@ -117,7 +120,9 @@ def test_heads_for_two_labels(name, head):
     ("gpt3", 4, QV, 18_874_368, "18M"),
     ("gpt3", 8, QV, 37_748_736, "37.7M"),
     ("gpt3", 2, ("attn.q", "attn.k", "attn.v", "attn.o"), 18_874_368, "37.7M in appendix D is a slip"),
+    ("deberta-v3-base", 1, SIX, 165_888, "0.17M"),
     ("deberta-v3-base", 2, SIX, 331_776, "0.33M"),
+    ("deberta-v3-base", 4, SIX, 663_552, "0.67M"),
     ("deberta-v3-base", 8, SIX, 1_327_104, "1.33M"),
     ("llama-7b", 8, QV, 4_194_304, "0.06 %"),
     ("llama-7b", 64, "linear", 159_907_840, "160M in QLoRA"),
@@ -157,3 +162,43 @@ def test_diff_pruning_trains_more_than_everything_and_keeps_little():
     weights = 24 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
     biases = 24 * (4 * 1024 + 4096 + 1024)
     assert count("bert-large-cased", inlay.DiffPruning()) == 2 * (weights + biases) + 2 * 24 * 6
+
+
+def test_other_counts_of_the_papers():
+    """RoBERTa-base biases (0.1M), GPT-3's PreEmbed of 264 tokens (3.2M), IA3 and ten prompt tokens on BERT-base."""
+    assert count("roberta-base", inlay.BitFit()) in (102_144, 102_144 + 768), "without, and with the pooler"
+    assert count("gpt3", inlay.Prompt(length=264, init="uniform")) == 3_244_032
+    assert count("bert-base-uncased", inlay.IA3()) == 55_296
+    assert count("bert-base-uncased", inlay.Prompt(length=10, init="uniform")) == 7_680
+
+
+ATTENTIONS = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+
+@pytest.mark.proves("count", "inlay", "mam")
+@pytest.mark.parametrize(("method", "formula", "biases", "printed"), [
+    (inlay.Inlay(form="kv", size=200), 14_745_600, 0, "3.6"),
+    (inlay.Inlay(form="kv_relu", size=200), 14_745_600, 0, "3.6"),
+    (inlay.Inlay(form="bottleneck", size=200, sites=("attn", "cross")), 14_745_600, 36 * 1224, "3.6"),
+    (inlay.Inlay(form="bottleneck", size=512, sites=("attn", "cross")), 37_748_736, 36 * 1536, "9.2"),
+    (inlay.Inlay(form="bottleneck", size=200, sites="ffn"), 9_830_400, 24 * 1224, "2.4"),
+    (inlay.Inlay(form="bottleneck", size=512, sites="ffn"), 25_165_824, 24 * 1536, "6.1"),
+    (inlay.Inlay(form="bottleneck", size=1024, sites="ffn"), 50_331_648, 24 * 2048, "12.3"),
+    (inlay.Bottleneck.pfeiffer(size=600), 29_491_200, 24 * 1624, "7.2"),
+    (inlay.LoRA(rank=200, sites=ATTENTIONS), 29_491_200, 0, "7.2"),
+    (inlay.LoRA(rank=102, sites=("ffn.up", "ffn.down")), 25_067_520, 0, "6.1"),
+    (inlay.MAM(mid=None), 27_377_664, 24 * 1536, "6.7"),
+    (inlay.Prefix(length=30) + inlay.LoRA(rank=102, sites=("ffn.up", "ffn.down")), 27_279_360, 0, "6.7"),
+    (inlay.Prefix(length=30), 2_211_840, 0, "0.5"),
+])  # fmt: skip
+def test_he_et_al_on_bart_large(method, formula, biases, printed):
+    """The formulas of their table 10 leave out biases. They truncate to one decimal, and print 0.1 for the last."""
+    assert count("bart-large", method) == formula + biases
+    assert f"{int(1000 * formula / 406_291_456) / 10:.1f}" == printed
+
+
+def test_mam_elsewhere():
+    """On mBART 4.49 %, where the paper prints BART's 6.7; RoBERTa-base with l = r = 16 is 0.5 % without biases."""
+    assert round(100 * count("mbart-large", inlay.MAM(mid=None)) / 610_851_840, 2) == 4.49
+    small = inlay.MAM(length=16, mid=None, size=16, scale=2.0)
+    assert count("roberta-base", small) == 589_824 + 12 * (16 + 768)
