@@ -149,7 +149,7 @@ def test_no_log_no_plot(tmp_path):
 
 def test_a_table_of_results():
     table = report.table({"untouched": {"loss": 2.0}, "LoRA": {"loss": 1.0, "accuracy": 0.51234}})
-    assert table.splitlines()[2:] == ["| untouched | 2 |  |", "| LoRA | 1 | 0.5123 |"]
+    assert table.splitlines()[2:] == ["| untouched |  | 2 |", "| LoRA | 0.5123 | 1 |"]
 
 
 @pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1_500, "1.5 kB"), (2_500_000_000, "2.5 GB")])

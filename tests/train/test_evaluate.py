@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from inlay.errors import DataError
-from inlay.train import memory
 from inlay.train.evaluate import Evaluator, decode
 from inlay.train.generate import Decoding, generate
 from inlay.train.loop import EvaluationStopped
@@ -102,23 +101,3 @@ def test_prompts_that_leave_no_room_are_refused():
         list(generate(model, words, [[7], []], Decoding(), autocast=nullcontext))
     near = list(generate(model, words, [[7] * (limit - 2)], Decoding(max_new_tokens=50), autocast=nullcontext))
     assert len(near) == 1
-
-
-def test_what_autograd_keeps_is_counted_once_and_grows_with_the_rows():
-    layer = torch.nn.Linear(8, 4)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor) -> SimpleNamespace:
-            return SimpleNamespace(logits=self.layer(x))
-
-    inputs = {"x": torch.zeros(5, 8, requires_grad=True), "labels": torch.zeros(5, dtype=torch.long)}
-    found = memory.estimate(Model(), inputs, "sequence-classification", "adamw_torch", nullcontext)
-    assert (found.weights, found.gradients, found.optimizer) == (4 * 36, 4 * 36, 8 * 36)
-    one = memory.saved_bytes(Model(), {k: v[:1] for k, v in inputs.items()}, "sequence-classification", nullcontext)
-    assert one >= 8 * 4 + 4 * 4  # x for the weight's gradient, log-probabilities for the loss
-    assert found.activations == 5 * one
-    assert found.total == found.weights + found.gradients + found.optimizer + found.activations
