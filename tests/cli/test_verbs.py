@@ -289,6 +289,15 @@ def test_predict_texts_and_files(inlay, runs):
     ]
 
 
+def test_runs_vote_together(inlay, world, runs):
+    classifier = str(runs["classifier"])
+    code, out, _ = inlay("eval", classifier, "--with", str(runs["classifier"] / "best"), "--base")
+    assert code == 0
+    assert re.search(r"2 x LoRA +\d", out)
+    assert "did you mean 'mean'?" in inlay("eval", classifier, "--with", classifier, "--vote", "meen")[2]
+    assert "does token-classification" in inlay("eval", str(runs["tagger"]), "--with", str(runs["tagger"]))[2]
+
+
 def test_predict_tags_every_word(inlay, runs):
     code, out, _ = inlay("predict", str(runs["tagger"]), "--text", "a red cat is on the house")
     assert code == 0

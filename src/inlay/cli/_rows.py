@@ -38,9 +38,9 @@ def checked_vote(vote: str) -> Literal["majority", "mean"]:
     Raises:
         ConfigError: neither of the two ways.
     """
-    if vote == "majority" or vote == "mean":
-        return vote
-    raise ConfigError(f"--vote {vote}: {nearest(vote, ['majority', 'mean'])}")
+    if vote not in ("majority", "mean"):
+        raise ConfigError(f"--vote {vote}: {nearest(vote, ['majority', 'mean'])}")
+    return "majority" if vote == "majority" else "mean"
 
 
 def say(quiet: bool) -> Callable[[str], None] | None:
