@@ -29,12 +29,12 @@ class Batch(Protocol):
 class Batches(Protocol):
     """The training data: `epoch(n, start)` yields the same batches for the same n, from batch `start` on.
 
-    Where several processes train, also `epoch(n, start, step)`: every `step`-th of them.
+    With `step`, which only several processes ask for, every `step`-th of them.
     """
 
     def __len__(self) -> int: ...
 
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]: ...
+    def epoch(self, n: int, start: int = 0, step: int = 1) -> Iterator[Batch]: ...
 
 
 class Adapter(Protocol):

@@ -87,7 +87,7 @@ class Evaluator:
                 ):
                     gold[int(index)] = truth
         if self.team is not None and self.team.size > 1:
-            parts = self.team.gathered((loss_sum, targets, right, predicted, gold))
+            parts: list[Any] = self.team.gathered((loss_sum, targets, right, predicted, gold))
             loss_sum, targets, right = (sum(part[i] for part in parts) for i in range(3))
             predicted, gold = ({k: v for part in parts for k, v in part[i].items()} for i in (3, 4))
         loss_mean = loss_sum / max(targets, 1)

@@ -187,7 +187,8 @@ def _load_packed(config: RunConfig, cls: Any, settings: dict[str, Any]) -> tuple
 
     storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization or ""]
     packing = storage(double_quant=config.double_quant is not False)
-    return load_quantized(source_of(config.model), cls, packing, **settings)  # type: ignore[return-value]
+    loaded: tuple[Any, Any] = load_quantized(source_of(config.model), cls, packing, **settings)
+    return loaded
 
 
 def _head_settings(purpose: Purpose) -> dict[str, Any]:
