@@ -65,6 +65,8 @@ RAISED = (
 )  # fmt: skip
 """Methods trained once more on the two small bases with ten times the learning rate: their defaults are for models a
 thousand times as large."""
+OTHER_RATES = (("mr", "mam x0.1"), ("mr", "prefix x4"))
+"""Where a method did not learn with its default rate: another one, to tell the method from its rate."""
 UNDEFINED = {
     ("headonly", "e2e"): "a language model has no task head",
     ("headonly", "reverse"): "a language model has no task head",
@@ -185,6 +187,7 @@ def cells(chosen: dict[str, Task]) -> Iterator[tuple[str, str]]:
                 yield task, method
         if chosen[task].floor == "untouched":
             yield from ((task, f"{method} x10") for method in RAISED)
+        yield from ((t, method) for t, method in OTHER_RATES if t == task)
 
 
 def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
@@ -205,7 +208,9 @@ def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
         "eval_steps": steps, "logging_steps": max(1, steps // 20), "save_total_limit": 1,
     }  # fmt: skip
     if faster:
-        keys["learning_rate"] = 10 * defaults(method_name(setting), task.keys["task"]).learning_rate
+        keys["learning_rate"] = (
+            float(faster[1:]) * defaults(method_name(setting), task.keys.get("task", "")).learning_rate
+        )
     config = load(flags=keys)
     began, processor = time.monotonic(), time.process_time()
     result = train(config, quiet=True)

@@ -156,13 +156,17 @@ class Notes:
 
 
 def reason(refusal: str) -> str:
-    """A refusal without what is particular to the tiny model of the test."""
-    text = re.sub(r"adapter '\w+' ", "the adapter ", refusal).replace("\n", " ")
-    text = re.sub(r"(: |, )(?:[\w.]+\.)+\w+ \(\w+\)(?:, (?:[\w.]+\.)+\w+ \(\w+\))*", "", text)
-    text = re.sub(r"it spans from [\w.]+\.(\w+) to [\w.]+\.(\w+)", r"it spans from \1 to \2", text)
-    sentences = dict.fromkeys(part.strip() for part in re.split(r"\s{2,}", text))
-    text = " ".join(sentences)
-    return text if len(text) < 260 else text[:260].rsplit(" ", 1)[0] + " ..."
+    """A refusal without what is particular to the tiny model of the test: each rule once, no module paths."""
+    first, *rest = refusal.split("\n")
+    lines = [re.sub(r":(?: (?:\w+\.)+\w+ \(\w+\),?)+$", "", line.strip()) for line in rest]
+    lines = [re.sub(r"(?:\w+\.){2,}(\w+)", r"\1", line) for line in lines]
+    text = re.sub(r"adapter '\w+'", "the adapter", first)
+    text = re.sub(
+        r"^(?:\w+\.){2,}(\w+) is", r"\1 is", re.sub(r"\(\w+=.*?\)(?= by itself)|\(\)(?= by itself)", "", text)
+    )
+    text = re.sub(r"\b\w+For\w+|\b\w+LMHeadModel", "the model", text)
+    own = [line for line in dict.fromkeys(lines) if line != "Keep it attached."]
+    return " ".join([text, *("; ".join(own),)]).strip()
 
 
 def cell(method: str, column: str, found: list[dict[str, Any]], notes: Notes) -> str:
@@ -171,10 +175,10 @@ def cell(method: str, column: str, found: list[dict[str, Any]], notes: Notes) ->
         if column == "generate":
             return "no head for texts" if method == "headonly" else ""
         raise SystemExit(f"no test says anything of {method} and {column}; write one, or run the tests with --run")
-    bad = [r for r in found if r["outcome"] not in ("passed",)]
-    if bad:
-        skipped = all(r["outcome"] == "skipped" for r in bad)
-        return "not run" if skipped else "**fails**"
+    if any(r["outcome"] == "failed" for r in found):
+        return "**fails**"
+    if any(r["outcome"] != "passed" for r in found):
+        return "not run"
     refused = [r for r in found if r.get("refusal")]
     if not refused:
         return "yes"
