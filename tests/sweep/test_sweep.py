@@ -25,7 +25,7 @@ from inlay.train.run import train
 from tiny import tiny
 from train.worlds import data_file, model_folder, tokenizer
 
-FAST = ["max_steps=5", "eval_steps=2", "save_steps=2", "bf16=false", "baseline=false", "generation_metrics=false"]
+FAST = ["max_steps=4", "eval_steps=2", "save_steps=2", "bf16=false", "baseline=false", "generation_metrics=false"]
 FAST += ["eval_samples=0", "per_device_train_batch_size=4", "gradient_accumulation_steps=2"]
 
 
@@ -74,7 +74,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert mine == pytest.approx(its, abs=1e-5)
     files = [{p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file()} for f in (one, other)]
     assert files[0] == files[1]
-    for name in ("adapter/adapter.safetensors", "checkpoint-5/adapter.safetensors"):
+    for name in ("adapter/adapter.safetensors", "checkpoint-4/adapter.safetensors"):
         ours, theirs = load_file(one / name), load_file(other / name)
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
@@ -93,7 +93,7 @@ def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch, family, kind, va
     space = Space.of([*words(world, family, kind), *varied])
     swept = sweep(None, space, space.grid(), output_dir=str(tmp_path / "sweep"), quiet=True)
     assert set(sizes) == {4}
-    for point in space.grid():
+    for point in space.grid()[1:3]:  # different in both settings, or methods of two kinds
         alone = train(load(None, [*space.fixed, *point.words], {"output_dir": str(tmp_path / point.name)}), quiet=True)
         assert_same_run(tmp_path / "sweep" / point.name, alone.run)
         row = next(row for row in swept.rows if row["run"] == point.name)
