@@ -304,6 +304,16 @@ def test_the_run_folder_tells_what_a_method_found_out(world, tmp_path):
     assert (tmp_path / "gates" / "gates.png").stat().st_size > 1000
 
 
+def test_in_bf16_the_trained_model_is_measured_not_a_copy_from_before(world, tmp_path):
+    """Factors are kept in bf16 between forward passes, and the fused optimizer leaves no trace of its writes."""
+    keys = {"bf16": True, "learning_rate": 0.05, "max_steps": 6, "load_best_model_at_end": False}
+    result = run(world, "llama", "prompted", tmp_path / "run", generation_metrics=False, eval_samples=0, **keys)
+    ours, untouched = result.results["LoRA"]["loss"], result.results["untouched"]["loss"]
+    assert abs(ours - untouched) > 0.05
+    again = next(iter(open_trained(tmp_path / "run").evaluate().values()))
+    assert again["loss"] == pytest.approx(ours, abs=2e-3)
+
+
 def test_packed_rows_train_as_rows_alone(world, tmp_path):
     result = run(world, "llama", "prompted", tmp_path / "run", packing=True, generation_metrics=False)
     assert result.state.rows > 4 * 8 * 2  # several rows in each sequence
