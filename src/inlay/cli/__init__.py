@@ -7,6 +7,7 @@ runs. A new verb is a new file here and nothing else.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -23,6 +24,9 @@ VERB_ORDER = ("demo", "plan", "train", "eval", "predict", "generate", "export", 
 
 def main() -> None:
     """Run the command line; an `InlayError` becomes one message on stderr and its exit code."""
+    # Optional libraries that accelerate imports tell of kernels for other machines; that concerns nobody here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # A single verb is imported alone where the first word names one.
     app = build(sys.argv[1] if len(sys.argv) > 1 else None)
     try:

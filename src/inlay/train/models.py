@@ -248,22 +248,15 @@ def _told(what: str, task: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its note on new head weights, which are expected here; and without what
-    an optional library says of kernels that it cannot load, when transformers imports it."""
+    """Without transformers' progress bars and its note on new head weights, which are expected here."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    others = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in others]
-    for logger in others:
-        logger.setLevel(logging.ERROR)
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        for logger, before in zip(others, levels, strict=True):
-            logger.setLevel(before)
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()

@@ -62,10 +62,8 @@ def _curve(ax: Any, log: Sequence[Mapping[str, Any]], split: str, metric: str) -
     best = (min if lower else max)(points, key=lambda point: point[1])
     # Inside the axes: towards the side where there is room, and off the curve.
     right = best[0] > (points[0][0] + points[-1][0]) / 2
-    place: dict[str, Any] = {"xytext": (-2 if right else 2, -8 if lower else 8), "ha": "right" if right else "left"}
-    ax.annotate(
-        f"{best[1]:.4g}", best, textcoords="offset points", va="top" if lower else "bottom", fontsize=8, **place
-    )
+    place: dict[str, Any] = {"xytext": (-2 if right else 2, 8), "ha": "right" if right else "left"}
+    ax.annotate(f"{best[1]:.4g}", best, textcoords="offset points", va="bottom", fontsize=8, **place)
     ax.margins(y=0.12)
 
 
