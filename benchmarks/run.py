@@ -42,7 +42,7 @@ def cells(quick: bool) -> list[Cell]:
         return [*found, moments("handling", 1), moments("one row", 20)]
     found = [steps("lora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
     found += [steps("lora", size, dtype, 25) for size in ("tiny", "small") for dtype in ("float32", "bfloat16")]
-    found += [moments("handling", 5), moments("one row", 100), moments("imports", 5)]
+    found += [moments("handling", 5), moments("one row", 100), moments("imports", 3)]
     found += [steps("qlora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
     found += [steps("lora", "large", dtype, 7, dropout=0.05) for dtype in ("float32", "bfloat16")]
     others = [m for m in METHODS if m not in ("lora", "qlora")]

@@ -29,7 +29,8 @@ def compiled(capability: int, cache: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.torture)])
+@pytest.mark.torture
+@pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_becomes_machine_code_that_fits(capability: int, tmp_path: Path) -> None:
     found = compiled(capability, tmp_path)
     assert len(found) == 12

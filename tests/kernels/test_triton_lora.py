@@ -12,10 +12,13 @@ from torch import Tensor, nn
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from transformers.pytorch_utils import Conv1D
+
+import inlay
 from inlay.kernels import triton_lora, triton_select
 from inlay.kernels.triton_lora import lora_linear, lora_linear_plain
 from inlay.kernels.triton_products import Mask, Tile
-from inlay.quant import NF4, quantize
+from inlay.quant import NF4, quantize, weight_of
 
 I, O, R = 64, 40, 4
 
@@ -44,8 +47,6 @@ def parts(packed: bool) -> tuple[Tensor, Tensor, object]:
 
 
 def _dense(layer: nn.Module) -> Tensor:
-    from inlay.quant import weight_of
-
     return weight_of(layer).float()
 
 
@@ -92,6 +93,26 @@ def test_an_input_without_gradient_costs_no_product(form: None, monkeypatch: pyt
     lora_linear(x, weight, None, A, B, 1.0).sum().backward()
     assert A.grad is not None
     assert B.grad is not None
+
+
+@pytest.mark.parametrize("leaf", ["linear", "conv1d", "packed"])
+def test_a_hosted_projection_goes_through_it(form: None, leaf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Conv1D(O, I) if leaf == "conv1d" else nn.Linear(I, O))
+    if leaf == "packed":
+        quantize(model, NF4())
+    x, seed = torch.randn(7, I), torch.tensor([5])
+    adapter = inlay.attach(model, inlay.LoRA(rank=R, dropout=0.5, sites="0"), example={"input": x})
+    A, B = adapter.parameters()
+    nn.init.normal_(B)
+    w, bias = weight_of(model[0]).float(), model[0].bias
+    truth = lora_linear_plain(x, w, bias, A, B, 4.0, Mask(seed, 0.5))
+    monkeypatch.setattr(triton_select, "usable", lambda *_: True)
+    monkeypatch.setattr(triton_lora, "draw_seed", lambda _: seed)
+    torch.testing.assert_close(model.train()(x), truth, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eval()(x), lora_linear_plain(x, w, bias, A, B, 4.0, None), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_what_fits() -> None:

@@ -28,7 +28,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def threshold_of(p: float) -> int:
     """An entry is dropped where the upper `MASK_BITS` bits of its word are below this."""
-    return round(p * 2**MASK_BITS)
+    return round(p * (1 << MASK_BITS))
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

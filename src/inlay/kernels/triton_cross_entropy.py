@@ -7,7 +7,7 @@ The chunk holds logits before and their gradient after: no second tensor of the 
 Legend: N targets, V vocabulary.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, attr-defined"
 # Kernels are read by Triton, which gives parameter annotations a meaning of its own.
 
 from __future__ import annotations

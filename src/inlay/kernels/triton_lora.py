@@ -14,6 +14,7 @@ Legend: M rows (all leading dimensions together), I / O features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inlay.kernels import triton_blocks4, triton_products
+from inlay.kernels.frozen import Saved, Storage, Transposed
 from inlay.kernels.philox import draw_seed, keep_mask
 from inlay.kernels.triton_products import FP32_TILES, TILES, Mask, Tile
 from inlay.kernels.triton_select import fastest, size_class
@@ -52,6 +54,16 @@ class Weight(NamedTuple):
     def of(cls, parts: tuple[Any, ...]) -> Weight:
         """What `parts` came from."""
         return cls(parts[0], None) if len(parts) == 1 else cls(None, Packed(*parts))
+
+
+def frozen_weight(storage: Storage, saved: Saved, layout: Any) -> Tensor | Packed:
+    """What `lora_linear` takes for a weight that `inlay.kernels.frozen` reads."""
+    if storage.packed:
+        parts: tuple[Any, ...] = (*saved, *layout)
+        return Packed(*parts)
+    (weight,) = saved
+    assert weight is not None
+    return weight.t() if isinstance(storage, Transposed) else weight
 
 
 def fits(x: Tensor, weight: Tensor | Packed) -> bool:
@@ -112,7 +124,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         # No view: models may go on in place, which autograd forbids on views made in a Function.
-        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        y: Tensor = torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -156,7 +169,7 @@ def forward_product(
         assert weight.packed is not None
         return triton_blocks4.product4(x_MI, weight.packed, bias, s_MR, B_OR, scale, tile)
 
-    candidates = [plain, *(partial(fused, tile) for tile in _tiles(x_MI.dtype))]
+    candidates: list[Callable[[], Tensor]] = [plain, *(partial(fused, tile) for tile in _tiles(x_MI.dtype))]
     if weight.packed is not None and len(x_MI) <= _FUSED_ROWS and triton_blocks4.fits(weight.packed):
         candidates += [partial(packed_fused, tile) for tile in triton_blocks4.TILES]
     return fastest(_key("forward", x_MI, B_OR, weight), candidates)
@@ -176,7 +189,7 @@ def input_grad(dy_MO: Tensor, weight: Weight, ds_MR: Tensor, A_RI: Tensor, mask:
     def fused(tile: Tile) -> Tensor:
         return triton_products.product(dy_MO, weight.dense(dy_MO.dtype), None, ds_MR, A_RI, scale, mask, tile)
 
-    candidates = [plain, *(partial(fused, tile) for tile in _tiles(dy_MO.dtype))]
+    candidates: list[Callable[[], Tensor]] = [plain, *(partial(fused, tile) for tile in _tiles(dy_MO.dtype))]
     return fastest((*_key("input", dy_MO, A_RI, weight), mask is not None), candidates)
 
 
