@@ -84,6 +84,14 @@ class Collector:
         self.results, self.missing, self.since = known, missing, 0
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        marked = {item.nodeid for item in items if item.get_closest_marker("proves")}
+        gone = [
+            k
+            for k in self.results
+            if k not in marked and k.partition("::")[0] in {m.partition("::")[0] for m in marked}
+        ]
+        for key in gone:
+            del self.results[key]
         done = {k for k, result in self.results.items() if self.missing and result["outcome"] == "passed"}
         chosen = [item for item in items if item.get_closest_marker("proves") and item.nodeid not in done]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
