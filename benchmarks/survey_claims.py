@@ -148,7 +148,6 @@ class Claim:
     shown: Callable[[], str] | str
 
 
-OPEN = "quoted from the paper; not reproduced here yet"
 PAPER = "quoted from the paper; needs weights that are not in this repository"
 CLAIMS = (
     Claim("BERT beat the state of the art on 11 tasks in 2018", "background", "-"),
@@ -193,7 +192,11 @@ CLAIMS = (
         "imprecise: the published trick is one batch at inference; here both work",
         "`tests/test_ensembling.py`",
     ),
-    Claim("class-label initialisation is best, 20 tokens are enough", "right in the paper's figure 3", OPEN),
+    Claim(
+        "class-label initialisation is best, 20 tokens are enough",
+        "right in the paper's figure 3",
+        "tried by `benchmarks/reproduce/prompt_init.py` and `benchmarks/reproduce/prompt_length.py`",
+    ),
     Claim(
         "P-tuning v1: embedding with LSTM and MLP, any position",
         "right; on SuperGLUE the model is tuned too",
@@ -209,11 +212,19 @@ CLAIMS = (
         "the code takes kaiming-uniform A; alpha / r belongs to the formula",
         "`tests/methods/test_lora.py`",
     ),
-    Claim("LoRA on attention only, or on all linear layers", "the paper: attention; later work: all", OPEN),
+    Claim(
+        "LoRA on attention only, or on all linear layers",
+        "the paper: attention; later work: all",
+        "tried by `benchmarks/reproduce/lora_matrices.py`",
+    ),
     Claim("q and v together are best", "q, k, v, o at half the rank are at least as good in table 5", lora_counts),
-    Claim("r of 1 to 8 is enough", "in table 6, yes; QLoRA uses 64", OPEN),
+    Claim("r of 1 to 8 is enough", "in table 6, yes; QLoRA uses 64", "tried by `benchmarks/reproduce/lora_rank.py`"),
     Claim("h = W x + B A x with r much smaller than d", "right, with alpha / r", "`tests/methods/test_lora.py`"),
-    Claim("adapters add latency at inference", "20 to 30 % at batch 1 in LoRA's table 1", OPEN),
+    Claim(
+        "adapters add latency at inference",
+        "20 to 30 % at batch 1 in LoRA's table 1",
+        "tried by `benchmarks/reproduce/inference_latency.py`",
+    ),
     Claim(
         "AdaLoRA prunes singular values by importance",
         "right; vectors are kept and can come back",
@@ -248,7 +259,11 @@ CLAIMS = (
     Claim("UniPELT: inference 127 %, training 67 % of full fine-tuning", "published; the counts agree", unipelt_counts),
     Claim("UniPELT gains most with 100 examples", "table 1: 62.59 against 60.02 for full fine-tuning", PAPER),
     Claim("adapters are extra layers, LoRA merges back", "right", "`tests/test_merge.py`"),
-    Claim("AdaLoRA: feed-forward layers deserve more rank", "figure 3 of the paper", OPEN),
+    Claim(
+        "AdaLoRA: feed-forward layers deserve more rank",
+        "figure 3 of the paper",
+        "tried by `benchmarks/reproduce/adalora_budget.py`",
+    ),
 )
 
 
