@@ -78,12 +78,12 @@ def test_published_memory_of_full_fine_tuning_and_lora(name, config, task, full,
     """GPU memory in the README of PEFT. Its rows are tweets of at most 64 tokens; the models are in fp32."""
     method = inlay.LoRA(rank=8, sites=("attn.q", "attn.v"))
     found = footprint(config, task, "fp32", method, 64, target_length=8)
-    assert found.memory(8, 64).total / 2**30 == pytest.approx(lora, rel=0.1)
+    assert found.memory(8, 64).total / GB == pytest.approx(lora, rel=0.1)
     if full is None:
-        assert 16 * (found.weights / 4) > 80 * 2**30  # published as out of memory
+        assert 16 * (found.weights / 4) > 80 * GB  # published as out of memory
     else:
         whole = footprint(config, task, "fp32", None, 64, target_length=8)
-        assert whole.memory(8, 64).total / 2**30 == pytest.approx(full, rel=0.1)
+        assert whole.memory(8, 64).total / GB == pytest.approx(full, rel=0.1)
 
 
 def saved(model, inputs, task):

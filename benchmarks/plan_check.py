@@ -1,0 +1,184 @@
+"""The memory that `inlay plan` and `inlay train` announce, beside what real steps take on the CPU.
+
+    python benchmarks/plan_check.py [--only NAME]
+
+Each run is a process of its own: a random model, a method, three steps of training. Measured are the bytes that
+autograd keeps (each storage once, weights left out), and the growth of the resident set from before the model was
+built to its peak. Freed memory is given back at once (`MALLOC_*`), so that the peak is one of tensors. Prints a table
+in Markdown; a difference above 10 % is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+DECODER = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+}
+ENCODER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+SEQ2SEQ = {"d_model": 512, "d_ff": 1024, "d_kv": 64, "num_heads": 8, "num_layers": 4, "vocab_size": 8192}
+
+# name -> family, task, method, dtype, rows, tokens, checkpointing, quantised
+RUNS: dict[str, tuple[str, str, str, str, int, int, bool, bool]] = {
+    "llama lora fp32": ("llama", "causal-lm", "lora", "float32", 8, 256, False, False),
+    "llama lora bf16": ("llama", "causal-lm", "lora", "bfloat16", 16, 256, False, False),
+    "llama lora bf16 checkpointing": ("llama", "causal-lm", "lora", "bfloat16", 16, 256, True, False),
+    "llama lora NF4": ("llama", "causal-lm", "lora", "bfloat16", 16, 256, False, True),
+    "llama dora bf16": ("llama", "causal-lm", "dora", "bfloat16", 16, 256, False, False),
+    "llama prefix bf16": ("llama", "causal-lm", "prefix", "bfloat16", 16, 256, False, False),
+    "llama full fp32": ("llama", "causal-lm", "full", "float32", 8, 256, False, False),
+    "bert bottleneck fp32": ("bert", "sequence-classification", "bottleneck", "float32", 32, 128, False, False),
+    "bert bitfit fp32": ("bert", "sequence-classification", "bitfit", "float32", 32, 128, False, False),
+    "t5 lora fp32": ("t5", "seq2seq", "lora", "float32", 8, 128, False, False),
+}
+
+
+def build(family: str, task: str, dtype: str) -> Any:
+    import torch
+    import transformers
+
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**DECODER),
+        "bert": lambda: transformers.BertConfig(**ENCODER),
+        "t5": lambda: transformers.T5Config(**SEQ2SEQ),
+    }[family]()
+    auto = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }[task]
+    return auto.from_config(config, dtype=getattr(torch, dtype))
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    line = next(r for r in Path("/proc/self/status").read_text().splitlines() if r.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def measure(name: str) -> dict[str, float]:
+    """One run, in this process."""
+    import torch
+
+    import inlay
+    from inlay.config_loading import build_method
+    from inlay.planning.skeleton import twin
+    from inlay.planning.step import Conditions, inputs_like, record
+    from inlay.train import memory
+    from inlay.train.loss import forward, loss_of
+
+    family, task, method, dtype, rows, length, checkpointing, quantised = RUNS[name]
+    torch.manual_seed(0)
+    # Libraries take their own buffers when first used.
+    warm = torch.nn.Linear(256, 256, dtype=getattr(torch, dtype))
+    warm(torch.randn(64, 256, dtype=getattr(torch, dtype))).sum().backward()
+    ids = torch.randint(5, 4096, (rows, length))
+    labels = torch.randint(0, 2, (rows,)) if task == "sequence-classification" else ids
+    inputs = {"input_ids": ids, "labels": labels} | ({"decoder_input_ids": ids} if task == "seq2seq" else {})
+    inlay.attach(build(family, task, dtype), build_method(method))
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    model = build(family, task, dtype)
+    if quantised:
+        inlay.quantize(model, inlay.NF4())
+    adapter = inlay.attach(model, build_method(method))
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        loss_of(forward(model, inputs, task), inputs, task).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = resident("VmHWM") - before
+    kept = saved(lambda: loss_of(forward(model, inputs, task), inputs, task), model, inputs)
+    announced = memory.estimate(model, inputs, task, "adamw_torch_fused", checkpointing=checkpointing)
+    conditions = Conditions(device="cpu", checkpointing=checkpointing)
+    held = record(twin(model), task, inputs_like(inputs, rows), conditions).held
+    return {
+        "peak": peak, "announced": announced.total, "weights": announced.weights,
+        "saved": kept, "held": held[0] + rows * held[1], "checkpointing": checkpointing,
+    }  # fmt: skip
+
+
+def saved(run: Any, model: Any, inputs: dict[str, Any]) -> int:
+    """Bytes that autograd keeps of a forward pass, each storage once, weights left out."""
+    import torch
+
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs.values())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    total = sum(kept.values())
+    del loss
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", help="runs whose name contains this")
+    parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one)))
+        return
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; MiB\n")
+    print("| run | kept, measured | kept, announced | off | peak, measured | peak, announced | off |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in RUNS:
+        if arguments.only and arguments.only not in name:
+            continue
+        command = [sys.executable, "-W", "ignore", __file__, "--one", name]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:120]} |", flush=True)
+            continue
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        kept = ("-", f"{found['held'] / 2**20:.0f}", "-")
+        if not found["checkpointing"]:
+            kept = (f"{found['saved'] / 2**20:.0f}", kept[1], off(found["held"], found["saved"]))
+        peak = (
+            f"{found['peak'] / 2**20:.0f}",
+            f"{found['announced'] / 2**20:.0f}",
+            off(found["announced"], found["peak"]),
+        )
+        print(f"| {name} | {' | '.join((*kept, *peak))} |", flush=True)
+
+
+def off(announced: float, measured: float) -> str:
+    """The difference in percent, marked where it is above ten."""
+    percent = 100 * (announced / measured - 1)
+    return f"**{percent:+.1f} %**" if abs(percent) > 10 else f"{percent:+.1f} %"
+
+
+if __name__ == "__main__":
+    main()
