@@ -11,12 +11,12 @@ from inlay.compare.table import Row, cells_of, columns_of
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    """The main columns; the report has all of them."""
+    """The columns that fit a terminal; the report has all of them."""
     columns = columns_of(rows)
-    chosen = [i for i, name in enumerate(columns) if name not in ("stored", "of the base", "step")][:8]
+    chosen = [i for i, name in enumerate(columns) if name not in ("stored", "of the base", "step", "peak memory")][:6]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i in chosen:
-        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         cells = cells_of(row, columns)
         table.add_row(*(cells[i] for i in chosen))
