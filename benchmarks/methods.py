@@ -65,7 +65,7 @@ RAISED = (
 )  # fmt: skip
 """Methods trained once more on the two small bases with ten times the learning rate: their defaults are for models a
 thousand times as large."""
-OTHER_RATES = (("mr", "mam x0.1"), ("mr", "prefix x4"))
+OTHER_RATES = (("mr", "prefix x4"), ("mr", "prompt x10"))
 """Where a method did not learn with its default rate: another one, to tell the method from its rate."""
 UNDEFINED = {
     ("headonly", "e2e"): "a language model has no task head",
