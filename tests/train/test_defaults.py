@@ -24,6 +24,11 @@ def test_texts_are_learnt_with_other_settings_than_classes(task):
     assert defaults("lora", task) != defaults("lora", "sequence-classification")
 
 
+def test_tags_are_learnt_more_slowly_than_classes():
+    assert defaults("lora", "token-classification").learning_rate < defaults("lora", "regression").learning_rate
+    assert defaults("bitfit", "token-classification") == defaults("bitfit", "regression")
+
+
 def test_what_is_said_wins():
     said = RunConfig(
         model="m", data="d", learning_rate=1.0, per_device_train_batch_size=3, warmup_steps=0, weight_decay=0.5,
