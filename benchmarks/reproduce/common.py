@@ -31,6 +31,8 @@ from inlay.compare.plan import template_of
 from inlay.compare.table import Row, with_spread
 from inlay.train.metrics import LOWER_IS_BETTER
 
+NOT_RUN = "Not run yet"
+CLAIMED = re.compile(r'CLAIM = Claim\(\s*"([^"]+)"')
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reproductions.md"
 HEAD = (
     "# Claims of the papers, tried here\n\nEach section is written by its script in `benchmarks/reproduce/` and states the "
@@ -180,7 +182,7 @@ def section(claim: Claim, outcome: Outcome, verdict: Verdict, columns: Sequence[
     run = (
         f"{model} on {data}: {first.rows:,} rows, {first.steps} steps of {first.batch}, {len(plan.seeds)} seed(s), "
         f"{where}, {first.environment['precision']}; {datetime.date.today().isoformat()}, "
-        f"`python {' '.join(_public(word) for word in sys.argv)}`"
+        f"`python {command()}`"
     )
     parts = [
         f"## {claim.title}",
@@ -194,10 +196,14 @@ def section(claim: Claim, outcome: Outcome, verdict: Verdict, columns: Sequence[
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _public(word: str) -> str:
-    """A word of the command line without the folders of this machine."""
-    path = Path(word)
-    return word if not path.is_absolute() and ".." not in path.parts else path.name
+def command() -> str:
+    """This call without the folders of this machine: where the runs lie is nobody else's concern."""
+    words = list(sys.argv)
+    if "--output-dir" in words:
+        at = words.index("--output-dir")
+        del words[at : at + 2]
+    paths = ((word, Path(word)) for word in words)
+    return " ".join(path.name if path.is_absolute() or ".." in path.parts else word for word, path in paths)
 
 
 def table(rows: Sequence[Row], metric: str, columns: Sequence[str]) -> str:
@@ -227,6 +233,16 @@ def write(title: str, text: str) -> None:
     """Put the section in place of the one of the same title, or at the end."""
     page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
     parts = re.split(r"(?m)^(?=## )", page)
-    kept = [part.strip("\n") for part in parts[1:] if not part.startswith(f"## {title}\n")]
+    kept = [part.strip("\n") for part in parts[1:] if not part.startswith((f"## {title}\n", f"## {NOT_RUN}\n"))]
     sections = sorted([*kept, text.strip("\n")])
+    scripts = {
+        path.name: CLAIMED.search(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("*.py")
+    }
+    open_ones = [
+        f"* {match[1]}: `{name}`"
+        for name, match in sorted(scripts.items())
+        if match and not any(section.startswith(f"## {match[1]}\n") for section in sections)
+    ]
+    if open_ones:
+        sections.append(f"## {NOT_RUN}\n\n" + "\n".join(open_ones))
     PAGE.write_text("\n\n".join([HEAD.strip("\n"), *sections]) + "\n", encoding="utf-8")

@@ -28,7 +28,12 @@ if __name__ == "__main__":
     args = arguments("prompt_init", __doc__ or "", seeds=3)
     config = template_of([], {"model": args.model, "data": args.data, "eval_data": args.eval_data})
     tokenizer = models.load_tokenizer(config)
-    labels = prepare(data_spec(config, tokenizer, (found := models.load_config(config))), tokenizer, models.kind_of(found)).labels or []
+    labels = (
+        prepare(
+            data_spec(config, tokenizer, (found := models.load_config(config))), tokenizer, models.kind_of(found)
+        ).labels
+        or []
+    )
     classes = Prompt.from_classes(tokenizer, [label.replace("_", " ") for label in labels], max(20, len(labels)))
     length = classes.length
     variants = [

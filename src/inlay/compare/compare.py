@@ -64,15 +64,17 @@ def compare(plan: Plan, *, console: Console | None = None, quiet: bool = False) 
     bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=told, transient=True)
     task = bar.add_task("", total=len(open_cells))
     began = time.monotonic()
-    with bar:
-        for number, cell in enumerate(open_cells):
-            spent = time.monotonic() - began
-            left = f"  ETA {clock(spent / number * (len(open_cells) - number))}" if number else ""
-            bar.update(task, completed=number, description=f"{_name(cell)}{left}")
-            start = time.monotonic()
-            known[cell.name] = record = cells.run(plan, cell, data)
-            _tell(told, f"{kept + number + 1}/{len(todo)}", cell, record, time.monotonic() - start)
-    seconds = _spent(plan, time.monotonic() - began)
+    try:
+        with bar:
+            for number, cell in enumerate(open_cells):
+                spent = time.monotonic() - began
+                left = f"  ETA {clock(spent / number * (len(open_cells) - number))}" if number else ""
+                bar.update(task, completed=number, description=f"{_name(cell)}{left}")
+                start = time.monotonic()
+                known[cell.name] = record = cells.run(plan, cell, data)
+                _tell(told, f"{kept + number + 1}/{len(todo)}", cell, record, time.monotonic() - start)
+    finally:
+        seconds = _spent(plan, time.monotonic() - began)
     comparison = Comparison(plan, [record for record in known.values() if record is not None], seconds)
     _write(comparison)
     return comparison

@@ -210,10 +210,10 @@ def findings(rows: Sequence[Row]) -> list[str]:
     told = [f"Best {metric}: {best.label}, {best.shown_quality}."]
     margin = best.spread or 0.0
     near = [row for row in sound if sign * (best.quality - row.quality) <= margin and row is not best]
-    if near:
+    if near and best.spread is not None:
         told.append(f"Within one standard deviation of it: {', '.join(row.label for row in near)}.")
     smallest = min([best, *near], key=lambda row: row.first.stored)
-    if smallest is not best:
+    if smallest is not best and best.spread is not None:
         told.append(f"The smallest of these is {smallest.label} with {size(smallest.first.bytes)}.")
     full = next((row for row in sound if row.key == "full"), None)
     if full is not None:
