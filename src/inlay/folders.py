@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import CheckpointError
+from inlay.errors import CheckpointError, InlayError
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"  # a folder being filled
@@ -145,6 +145,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
+
+
+@contextlib.contextmanager
+def understood(file: Path, error: type[InlayError]) -> Iterator[None]:
+    """Turn what a value of an unexpected kind causes, while a file is made sense of, into an error that names it."""
+    try:
+        yield
+    except InlayError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as problem:
+        raise error(
+            f"{file} holds a value of another kind than is written there ({type(problem).__name__}: "
+            f"{str(problem)[:200]}). It was changed; take a copy from its source."
+        ) from problem
 
 
 def sha256(path: Path) -> str:

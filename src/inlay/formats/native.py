@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from inlay._version import __version__
 from inlay.build import HEAD
 from inlay.errors import FormatError, nearest
-from inlay.folders import write_folder
+from inlay.folders import understood, write_folder
 from inlay.formats.fingerprint import differences, fingerprint
 from inlay.methods.base import from_spec
 from inlay.sharded import fill, is_sharded, whole, writes
@@ -87,10 +87,12 @@ def load(
     from inlay.adapter import attach
 
     config = read_config(path)
-    tensors = read_tensors(path, config)
-    if not allow_other_base:
-        _check_base(model, config, path)
-    adapter = attach(model, from_spec(config["method"]), name or config["name"], head=config["head"] or None)
+    with understood(path / CONFIG, FormatError):
+        tensors = read_tensors(path, config)
+        if not allow_other_base:
+            _check_base(model, config, path)
+        method, heads = from_spec(config["method"]), [str(head) for head in config["head"]]
+    adapter = attach(model, method, name or str(config["name"]), head=heads or None)
     try:
         _fill(adapter, tensors, bool(config["training_state"]), path)
     except BaseException:
@@ -109,7 +111,9 @@ def refill(adapter: Adapter, path: Path) -> None:
         FormatError: the folder is damaged, or was saved by an adapter of another form.
     """
     config = read_config(path)
-    _fill(adapter, read_tensors(path, config), bool(config["training_state"]), path)
+    with understood(path / CONFIG, FormatError):
+        tensors = read_tensors(path, config)
+    _fill(adapter, tensors, bool(config["training_state"]), path)
 
 
 def base_of(adapter: Adapter) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from inlay.anatomy import anatomy
 from inlay.anatomy.probe import modules_of
 from inlay.errors import FormatError, nearest
+from inlay.folders import understood
 from inlay.formats.peft_folder import Folder, Reading, read_folder, write
 from inlay.formats.peft_modules import read_adalora, read_ia3, read_lora, read_norms
 from inlay.formats.peft_prefix import read_prefix, write_prefix
@@ -81,8 +82,9 @@ def load(
     from inlay.adapter import attach
 
     del allow_other_base
-    folder = read_folder(path)
-    reading = _read(folder, model)
+    with understood(path / "adapter_config.json", FormatError):
+        folder = read_folder(path)
+        reading = _read(folder, model)
     adapter = attach(model, reading.method, name or "default", head=reading.heads or None)
     try:
         reading.fill(adapter)

@@ -170,10 +170,11 @@ def restore(folder: Path, *, adapter: Any, optimizer: torch.optim.Optimizer) -> 
         CheckpointError: the checkpoint cannot be read, or was made by another adapter.
     """
     document = read_state(folder)
-    adapter.load_state_dict(read_tensors(folder / "adapter.safetensors"))
-    unpack_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"), document["optimizer"])
-    set_random_state(read_tensors(folder / "random.safetensors"), document["random"])
-    return RunState.read(document["run"]), document
+    with folders.understood(folder, CheckpointError):
+        adapter.load_state_dict(read_tensors(folder / "adapter.safetensors"))
+        unpack_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"), document["optimizer"])
+        set_random_state(read_tensors(folder / "random.safetensors"), document["random"])
+        return RunState.read(document["run"]), document
 
 
 def restore_run_files(folder: Path, run: Path) -> None:
