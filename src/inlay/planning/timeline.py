@@ -101,6 +101,7 @@ class Recorder(TorchDispatchMode):
 
     def forward_ends(self) -> None:
         """Called between the forward and the backward pass: what is alive now is held for the latter."""
+        self._now += 1  # what died since the last operator is not held
         self._forward_end = self._now
 
     def _see(self, tensor: Tensor) -> None:
