@@ -198,7 +198,7 @@ def _hides_future(mask: Tensor) -> bool | None:
     if mask.is_meta or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
         return None
     seen = mask if mask.dtype == torch.bool else mask >= 0
-    return not bool((seen & later(*mask.shape[-2:], mask.device)).any())
+    return not bool((seen & later(mask.shape[-2], mask.shape[-1], mask.device)).any())
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]

@@ -193,7 +193,7 @@ class Following(TorchFunctionMode):
         if dim not in (-1, own.ndim - 1) or scores.soft or own is not (args[0] if args else kwargs.get("input")):
             raise self._refusal("softmax over another axis than the keys")
         if not scores.extra.shape[-1]:
-            result = func(*args, **kwargs)
+            result: Tensor = func(*args, **kwargs)
             extra = scores.extra.to(result.dtype)
         else:
             seen = self.extras.hidden(scores.extra)
@@ -260,8 +260,9 @@ class Following(TorchFunctionMode):
             raise self._refusal(name)
         alike = _is_number(others[0]) or (others[0].shape[-1] == 1 and scores.keys > 1)
         if plain in SUMS and not scores.soft and (first or plain == "add"):
-            extra = self._again(func, name, own, scores.extra, args, kwargs) if alike else None
-            return self._kept(scores, result) if extra is None else replace(scores, extra=extra)
+            if not alike:
+                return self._kept(scores, result)
+            return replace(scores, extra=self._again(func, name, own, scores.extra, args, kwargs))
         if plain in BOUNDS and alike:
             return replace(scores, extra=self._again(func, name, own, scores.extra, args, kwargs))
         if plain in SCALES and (first or plain in ("mul", "multiply")):

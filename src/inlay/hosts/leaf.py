@@ -38,8 +38,8 @@ class Act:
         """y with Δ added, in the dtype of y; `frozen` is the module's own output where others were added before."""
         if self.axis == -1:
             return self._added(x, y, frozen)
-        x, y, frozen = (t if t is None else t.movedim(self.axis, -1) for t in (x, y, frozen))
-        return self._added(x, y, frozen).movedim(-1, self.axis)
+        frozen = None if frozen is None else frozen.movedim(self.axis, -1)
+        return self._added(x.movedim(self.axis, -1), y.movedim(self.axis, -1), frozen).movedim(-1, self.axis)
 
     def _added(self, x: Tensor, y: Tensor, frozen: Tensor | None) -> Tensor:
         x = _beside(x, y)

@@ -41,8 +41,8 @@ class Product:
     def swapped(self) -> Product:
         """The same product read from right to left: its columns are the rows."""
         turn = str.maketrans("rc", "cr")
-        axes = (a.translate(turn) for a in (self.right_axes, self.left_axes, self.out_axes))
-        return Product(self.right, self.left, *axes, self.factor)
+        left, right, out = (a.translate(turn) for a in (self.right_axes, self.left_axes, self.out_axes))
+        return Product(self.right, self.left, left, right, out, self.factor)
 
     def size(self, axis: str) -> int:
         """The size of an axis of the left factor."""
