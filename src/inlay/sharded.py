@@ -18,7 +18,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor's values."""
     sharded: Any = tensor
-    return sharded.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:

@@ -126,7 +126,8 @@ class _DoRALinear(torch.autograd.Function):
         ctx.save_for_backward(shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved)
         ctx.storage, ctx.layout, ctx.term, ctx.dtype = storage, layout, term, x.dtype
         # No view: models may go on in place, which autograd forbids on views made in a Function.
-        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        y: Tensor = torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -257,7 +257,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.storage, ctx.layout, ctx.terms = storage, layout, terms
         ctx.count, ctx.dtype = len(saved), x.dtype
         # No view: models may go on in place (q /= sqrt(d)), which autograd forbids on views made in a Function.
-        return torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        y: Tensor = torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        return y
 
     @staticmethod
     @once_differentiable

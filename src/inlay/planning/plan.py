@@ -297,4 +297,5 @@ def bytes_of(text: str | int | None) -> int | None:
     found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
     if found is None or found[1].count(".") > 1 or found[1] == ".":
         raise ConfigError(f"gpu={text!r} is no amount of memory; write 24GB")
-    return round(float(found[1]) * 1024 ** " kmgt".find(found[2] or " "))
+    unit: int = 1024 ** " kmgt".find(found[2] or " ")
+    return round(float(found[1]) * unit)

@@ -71,7 +71,7 @@ def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions
             loss = _loss(output, inputs, task)
         del output
         recorder.forward_ends()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         del loss
         return recorder.timeline(parameters)
 
@@ -109,7 +109,8 @@ def _loss(output: Any, inputs: Mapping[str, Tensor], task: str) -> Tensor:
         return (start + F.cross_entropy(output.end_logits.float(), inputs["end_positions"])) / 2
     logits, labels = output.logits, inputs["labels"]
     if task == "regression":
-        return (logits.float().squeeze(-1) - labels).square().mean()
+        error: Tensor = logits.float().squeeze(-1) - labels
+        return error.square().mean()
     if task == "causal-lm":
         logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
     if labels.is_floating_point():

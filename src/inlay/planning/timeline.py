@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor], *, all_is: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._all_is = all_is
         self._every: set[int] = set()
         self._alive: dict[int, Any] = {_key(t): None for t in known}
@@ -168,7 +168,8 @@ def _product(left: int, right: int) -> Formula:
     """2 M K N for the matrices at these places among the arguments, batched or not."""
 
     def formula(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-        return 2 * math.prod(args[left].shape) * int(args[right].shape[-1])
+        rows: int = math.prod(args[left].shape)
+        return 2 * rows * int(args[right].shape[-1])
 
     return formula
 

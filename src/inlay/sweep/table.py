@@ -21,7 +21,7 @@ def rows_of(runs: Sequence[tuple[dict[str, str], Path]], config: RunConfig) -> t
     """A row for each run, the best first; the metric that decides; and whether more of it is better."""
     task = str(read_json(runs[0][1] / "data.json")["task"])
     metric = config.metric_for_best_model or MAIN[task]
-    greater = config.greater_is_better if config.greater_is_better is not None else greater_is_better(metric)
+    greater = config.greater_is_better if config.greater_is_better is not None else bool(greater_is_better(metric))
     rows = []
     for settings, folder in runs:
         results = read_json(folder / "results.json")
