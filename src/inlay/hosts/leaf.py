@@ -7,7 +7,7 @@ deltas that act on what leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class LeafHost(Host):
         if len(groups) > 1:
             _refuse_routed(state, active)
         together = () if whole or opens else _together(state, groups)
-        fused = _fused(acts[0], cls.base) if whole and not opens else None
+        fused = None if opens else _fused(acts, cls.base)
         return Plan(opens, acts, groups, whole, groups[0].rows.total, padding_of(state), together, fused)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,14 +216,16 @@ def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
     return tuple(made)
 
 
-def _fused(acts: Acts, base: type[nn.Module]) -> Fused | None:
+def _fused(groups: Sequence[Acts], base: type[nn.Module]) -> Fused | None:
     """The module and its pieces in one step, where all of them only add to what leaves it and are of one class."""
-    deltas = [act.delta for act in acts.leaving]
-    alone = not (acts.entering or acts.replacement or acts.through)
-    alone = alone and not any(act.span or act.axis != -1 for act in acts.leaving)
+    acts = [(act, group.rows) for group in groups for act in group.leaving]
+    alone = not any(group.entering or group.replacement or group.through for group in groups)
+    alone = alone and not any(act.span or act.axis != -1 or not rows.contiguous for act, rows in acts)
+    deltas = [act.delta for act, _ in acts]
     if not alone or len({type(d) for d in deltas}) != 1:
         return None
-    return deltas[0].fused(deltas, [act.columns for act in acts.leaving], base)
+    rows = None if groups[0].rows.index is None else [rows for _, rows in acts]
+    return deltas[0].fused(deltas, [act.columns for act, _ in acts], base, rows)
 
 
 def _act(placed: Placed) -> Act:

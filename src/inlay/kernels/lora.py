@@ -26,21 +26,26 @@ from inlay.anatomy.base import Columns
 from inlay.kernels import dropout, triton_select
 from inlay.kernels.frozen import Saved, Storage, storage_of
 from inlay.memo import versions
+from inlay.route import Rows
 
 if TYPE_CHECKING:
     from inlay.methods.lora import LoRADelta
 
 Products = tuple[tuple[Tensor, Tensor, float, Columns | None], ...]
 
+SEVERAL = 8
+"""Tokens of a row from which a slice for each adapter beats one product for all of them."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Term(NamedTuple):
-    """What one low-rank piece is besides A and B: where it writes, its scale, and its mask of this call."""
+    """What one low-rank piece is besides A and B: where it writes, its scale, its mask of this call, its rows of M."""
 
     columns: Columns | None
     scale: float
     mask: dropout.Mask | None
+    rows: slice = slice(None)
 
 
 class LoRALinear:
@@ -51,26 +56,52 @@ class LoRALinear:
     """
 
     def __init__(
-        self, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], base: type[nn.Module], storage: Storage
+        self,
+        deltas: Sequence[LoRADelta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        storage: Storage,
+        rows: Sequence[Rows] | None = None,
     ) -> None:
         self.deltas, self.columns, self.base, self.storage = tuple(deltas), tuple(columns), base, storage
+        self.rows = None if rows is None else tuple(rows)
         self._forward: Any = base.forward
         self._drops = any(d.dropout for d in deltas)
         self._kept: tuple[object, Products] | None = None
 
     @classmethod
     def make(
-        cls, deltas: Sequence[LoRADelta], columns: Sequence[Columns | None], base: type[nn.Module]
+        cls,
+        deltas: Sequence[LoRADelta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        rows: Sequence[Rows] | None = None,
     ) -> LoRALinear | None:
-        """For leaves of this class, or None."""
+        """For leaves of this class, or None.
+
+        Args:
+            deltas: the pieces.
+            columns: the features that each of them writes.
+            base: the class of the leaf.
+            rows: the rows of the batch that each of them acts on, neighbours of each other; None for all rows.
+        """
         storage = storage_of(base)
-        return None if storage is None else cls(deltas, columns, base, storage)
+        return None if storage is None else cls(deltas, columns, base, storage, rows)
 
     def __call__(self, module: Any, x: Tensor) -> Tensor | None:
         """y of shape (..., O) for x of shape (..., I), or None."""
-        if not usable(x):
+        if not usable(x) or (self.rows is not None and not self._pays(x, self.rows[0].total)):
             return None
         return self._with_grad(module, x) if torch.is_grad_enabled() else self._without_grad(module, x)
+
+    @staticmethod
+    def _pays(x: Tensor, total: int) -> bool:
+        """Whether rows apart are best served a slice at a time: in training, where a row has several tokens.
+
+        On a GPU a launch for each slice would cost more than the gathered product.
+        """
+        tokens = x.numel() // x.shape[-1]
+        return x.is_cpu and torch.is_grad_enabled() and x.shape[0] % total == 0 and tokens >= SEVERAL * total
 
     def _with_grad(self, module: Any, x: Tensor) -> Tensor | None:
         dtype = dtype_of(module, x, self.storage)
@@ -78,19 +109,28 @@ class LoRALinear:
         bias_O = module.bias
         if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
             return None
-        if len(self.deltas) == 1 and self.columns[0] is None and x.dtype == dtype and triton_select.usable(x):
+        alone = len(self.deltas) == 1 and self.columns[0] is None and self.rows is None
+        if alone and x.dtype == dtype and triton_select.usable(x):
             return self._in_triton(x, bias_O, found)
         drops = any(d.dropout and d.training for d in self.deltas)
         shared = x if x.dtype == dtype else cast_once(x, dtype)
         if drops and not dropout.supports(shared):
             return None
         terms = tuple(
-            Term(c, d.scale, dropout.draw(d.dropout) if d.dropout and d.training else None)
-            for d, c in zip(self.deltas, self.columns, strict=True)
+            Term(c, d.scale, dropout.draw(d.dropout) if d.dropout and d.training else None, self._slice(i, x))
+            for i, (d, c) in enumerate(zip(self.deltas, self.columns, strict=True))
         )
         factors = [p for d in self.deltas for p in (d.A, d.B)]
         y: Tensor = _LoRALinear.apply(x, shared, bias_O, self.storage, found, terms, *factors)  # type: ignore[no-untyped-call]
         return y
+
+    def _slice(self, i: int, x: Tensor) -> slice:
+        """The rows of [M, I] that piece i acts on."""
+        index = None if self.rows is None else self.rows[i].index
+        if self.rows is None or index is None:
+            return slice(None)
+        each = x.numel() // x.shape[-1] // self.rows[i].total
+        return slice(index[0] * each, (index[-1] + 1) * each)
 
     def _in_triton(self, x: Tensor, bias_O: Tensor | None, found: tuple[Saved, Any]) -> Tensor:
         """One piece on a GPU: its sum and its dropout happen inside the large products where that is faster."""
@@ -138,7 +178,7 @@ class LoRALinear:
         return self._kept[1]
 
     def __reduce__(self) -> Any:
-        return type(self), (self.deltas, self.columns, self.base, self.storage)
+        return type(self), (self.deltas, self.columns, self.base, self.storage, self.rows)
 
 
 def usable(x: Tensor) -> bool:
@@ -250,8 +290,8 @@ class _LoRALinear(torch.autograd.Function):
             lows = []
             for i, term in enumerate(terms):
                 A_RI, B_OR = factors[2 * i], factors[2 * i + 1]
-                s_MR = lower(x_MI, A_RI, term.mask)
-                add_product(y_MO, s_MR, B_OR.to(x_MI.dtype).t(), term.scale, term.columns)
+                s_MR = lower(x_MI[term.rows], A_RI, term.mask)
+                add_product(y_MO[term.rows], s_MR, B_OR.to(x_MI.dtype).t(), term.scale, term.columns)
                 lows.append(s_MR)
         ctx.save_for_backward(shared, *saved, *factors, *lows)
         ctx.storage, ctx.layout, ctx.terms = storage, layout, terms
@@ -272,6 +312,7 @@ class _LoRALinear(torch.autograd.Function):
             grads: list[Tensor | None] = []
             for i, term in enumerate(terms):
                 A_RI, B_OR, s_MR = rest[2 * i], rest[2 * i + 1], rest[2 * len(terms) + i]
-                grads += factor_grads(dy_MO, x_MI, s_MR, A_RI, B_OR, term, dx_MI)
+                dx_part = None if dx_MI is None else dx_MI[term.rows]
+                grads += factor_grads(dy_MO[term.rows], x_MI[term.rows], s_MR, A_RI, B_OR, term, dx_part)
             dx = None if dx_MI is None else dx_MI.view(shared.shape).to(ctx.dtype)
         return dx, None, None, None, None, None, *grads

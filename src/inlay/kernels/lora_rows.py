@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay import stepping
 from inlay.methods.base import Rowwise
 from inlay.route import Rows
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 WIDE = 2.5e6
 """The wide product may cost so many operations for each product that it saves: what starting one costs."""
+
+
+_kept: WeakKeyDictionary[LoRADelta, tuple[object, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+"""The factors of some pieces beside each other, with the first of them, and what they were made from."""
 
 
 class LoRARows(Rowwise):
@@ -58,7 +64,7 @@ class LoRARows(Rowwise):
         self.__dict__["used"] = tuple(deltas[k] for k in used)
         self.__dict__["dropping"] = tuple(d for d in self.used if d.dropout)
         self.__dict__["parts"] = tuple(p for d in self.used for p in (d.A, d.B))
-        self.__dict__["kept"] = {}
+        stepping.start()
         renumbered = [used.index(k) if k >= 0 else -1 for k in index]
         self._index("", self.used, renumbered)
         self._index("all_", self.all, index)
@@ -128,17 +134,19 @@ class LoRARows(Rowwise):
     def _factors(self, deltas: Sequence[LoRADelta], dtype: torch.dtype, *, stacked: bool) -> tuple[Tensor, Tensor]:
         """All A and s B of the pieces: side by side (K R, I) and (K R, O), or stacked (K + 1, R, I) and (K + 1, R, O).
 
-        Without gradients they are kept until a piece changes.
+        Without gradients they are kept until a piece changes, and longer than a route: the next batch of the same
+        adapters finds them.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _make(deltas, dtype, stacked)
         if deltas is not self.used:
             return _make(deltas, dtype, stacked)
-        kept: dict[tuple[torch.dtype, bool], tuple[int, tuple[Tensor, Tensor]]] = self.__dict__["kept"]
-        mark = sum([p._version for p in self.parts])
-        found = kept.get((dtype, stacked))
-        if found is None or found[0] != mark or found[1][0].device != self.parts[0].device:
-            found = kept[dtype, stacked] = mark, _make(deltas, dtype, stacked)
+        # Fused optimizers raise no version counter, so their steps are counted.
+        pointers, seen = tuple([p.data_ptr() for p in self.parts]), sum([p._version for p in self.parts])
+        mark = dtype, stacked, stepping.count(), seen, pointers
+        found = _kept.get(self.used[0])
+        if found is None or found[0] != mark:
+            found = _kept[self.used[0]] = mark, _make(deltas, dtype, stacked)
         return found[1]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy, Columns, Site
 from inlay.errors import MergeError, MethodError
+from inlay.route import Rows
 
 if TYPE_CHECKING:
     from inlay.padding import Padding
@@ -100,15 +101,22 @@ class Delta(Piece, abc.ABC):
         return None
 
     @classmethod
-    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+    def fused(
+        cls,
+        deltas: Sequence[Delta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        rows: Sequence[Rows] | None = None,
+    ) -> Fused | None:
         """(module, x) -> its output with all Δ added, in one step of autograd, if the class has that.
 
         Args:
             deltas: pieces of this class that act on what leaves one module, and read what enters it.
             columns: the ranges of features that each writes, or None for all.
             base: the class of the frozen module.
+            rows: the rows of the batch that each acts on, neighbours of each other; None for all rows.
         """
-        del deltas, columns, base
+        del deltas, columns, base, rows
         return None
 
     def weight_delta(self) -> Tensor:

@@ -16,6 +16,7 @@ from inlay.anatomy.base import Columns, Site
 from inlay.memo import Memo, versions
 from inlay.methods.base import Delta, Frozen, Fused
 from inlay.methods.lora import Init, LowRank, embedding_factors, factors
+from inlay.route import Rows
 
 # Rows of W are read in fp32 this many values at a time, so that a bf16 or quantised W is never held whole in fp32.
 CHUNK = 1 << 24
@@ -64,12 +65,18 @@ class DoRADelta(Delta):
         return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(y.dtype))
 
     @classmethod
-    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+    def fused(
+        cls,
+        deltas: Sequence[Delta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        rows: Sequence[Rows] | None = None,
+    ) -> Fused | None:
         from inlay.kernels.dora import DoRALinear
 
         (first, *others), (ranges, *_) = deltas, columns
         # Each of several is relative to what the frozen module alone gives.
-        if isinstance(first, DoRADelta) and not others and ranges is None:
+        if isinstance(first, DoRADelta) and not others and ranges is None and rows is None:
             return DoRALinear.make(first, base)
         return None
 

@@ -19,6 +19,7 @@ from inlay.anatomy.base import Anatomy, Columns, Site
 from inlay.anatomy.roles import roles
 from inlay.errors import MethodError
 from inlay.methods.base import Delta, Frozen, Fused, Method, Rowwise
+from inlay.route import Rows
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -61,11 +62,17 @@ class LoRADelta(Delta):
         return LoRARows(mine, index) if len(mine) == len(deltas) else None
 
     @classmethod
-    def fused(cls, deltas: Sequence[Delta], columns: Sequence[Columns | None], base: type[nn.Module]) -> Fused | None:
+    def fused(
+        cls,
+        deltas: Sequence[Delta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        rows: Sequence[Rows] | None = None,
+    ) -> Fused | None:
         from inlay.kernels.lora import LoRALinear
 
         mine = [d for d in deltas if isinstance(d, LoRADelta)]
-        return LoRALinear.make(mine, columns, base) if len(mine) == len(deltas) else None
+        return LoRALinear.make(mine, columns, base, rows) if len(mine) == len(deltas) else None
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.B @ self.A)
