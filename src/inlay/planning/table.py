@@ -23,8 +23,16 @@ def gib(count: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
-def _flops(count: float) -> str:
-    return f"{count / 1e9:.3g} G" if count >= 1e9 else f"{count / 1e6:.3g} M"
+def short(count: float) -> str:
+    """Three figures and a unit, for tables that fit 80 columns.
+
+    >>> short(22_713_986), short(8450), short(770)
+    ('22.7M', '8.45K', '770')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}" if count < 999.5 * unit else f"{count / unit:.0f}{name}"
+    return f"{count:.0f}"
 
 
 def tables(made: Plan) -> Iterator[RenderableType]:
@@ -50,22 +58,22 @@ def _title(made: Plan) -> str:
 
 
 def _overview(made: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("method")
+    table = Table(box=None, pad_edge=False, header_style="dim", caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
     bases = [name for name in BASES if any(c.base == name for c in made.costs)]
-    titles = [f"{BASES[name].title} GiB" for name in bases]
-    for name in ("trained", "% of base", "stored", "file", "FLOPs/token", "time/full", *titles):
-        table.add_column(name, justify="right")
+    table.caption = "%: of the base; FLOP: each token; time: of full fine-tuning; a column a base: memory in GiB"
+    for name in ("trained", "%", "stored", "file", "FLOP", "time", *(BASES[name].title for name in bases)):
+        table.add_column(name, justify="right", no_wrap=True)
     for method in dict.fromkeys(c.method for c in made.costs):
         row = {c.base: c for c in made.costs if c.method == method and c.checkpointing == made.checkpointing}
         one = next(iter(row.values()))
         table.add_row(
             _plain(method),
-            f"{one.trained:,}",
+            short(one.trained),
             f"{100 * one.trained / made.parameters:.3g}",
-            f"{one.stored:,}",
-            f"{one.file_bytes / (1 << 20):.1f} MiB",
-            _flops(one.flops_per_token),
+            short(one.stored),
+            f"{short(one.file_bytes)}B",
+            short(one.flops_per_token),
             f"{one.step_vs_full:.2f}",
             *(_marked(row[name]) if name in row else "-" for name in bases),
         )
@@ -84,12 +92,12 @@ def _splits(made: Plan) -> Iterator[RenderableType]:
     both = {(c.method, c.base) for c in made.costs if c.checkpointing != made.checkpointing}
     shown = [c for c in made.costs if (c.method, c.base) in both]
     for base in dict.fromkeys(c.base for c in shown):
-        table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
+        table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", padding=(0, 1, 0, 0))
         table.title = f"[bold]on {BASES[base].title}[/], GiB"
-        table.add_column("method")
-        table.add_column("activations")
-        for name in ("weights", "gradients", "optimizer", "activations", "scratch", "peak", "on the host"):
-            table.add_column(name, justify="right")
+        table.add_column("method", no_wrap=True)
+        table.add_column("kept?", no_wrap=True)
+        for name in ("weights", "grads", "optim", "activ.", "scratch", "peak", "on the host"):
+            table.add_column(name, justify="right", no_wrap=True)
         if made.capacity is not None:
             table.add_column(f"rows of {made.length}", justify="right")
             table.add_column(f"tokens of {made.batch} rows", justify="right")
@@ -100,7 +108,7 @@ def _splits(made: Plan) -> Iterator[RenderableType]:
             parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.scratch)
             cells = [
                 _plain(cost.method),
-                "again" if cost.checkpointing else "kept",
+                "no" if cost.checkpointing else "yes",
                 *map(gib, parts),
                 _marked(cost),
                 gib(cost.host_bytes) if hosts else "",
