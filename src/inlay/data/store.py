@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from inlay.data.examples import Example
 from inlay.errors import DataError
+from inlay.folders import sha256, sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,7 +232,7 @@ def open_or_make(folder: Path, make: Callable[[Path], Making]) -> tuple[ArrowSto
         except OSError:
             if not folder.exists():
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
         return _open(folder), happened
     except OSError as error:
         raise DataError(
@@ -255,9 +256,9 @@ def _write(folder: Path, making: Making) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
         for batch in batches_of(making.placed):
             writer.write_batch(batch)
-    _sync(path)
+    sync(path)
     manifest = {
-        "sha256": _hash(path),
+        "sha256": sha256(path),
         "bytes": path.stat().st_size,
         "names": list(making.names),
         "files": list(making.files),
@@ -267,7 +268,7 @@ def _write(folder: Path, making: Making) -> None:
         json.dump(manifest, out, ensure_ascii=True)
         out.flush()
         os.fsync(out.fileno())
-    _sync(folder)
+    sync(folder)
 
 
 def _open(folder: Path) -> ArrowStore:
@@ -275,24 +276,11 @@ def _open(folder: Path) -> ArrowStore:
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     path = folder / "examples.arrow"
-    if path.stat().st_size != manifest["bytes"] or _hash(path) != manifest["sha256"]:
+    if path.stat().st_size != manifest["bytes"] or sha256(path) != manifest["sha256"]:
         raise ValueError(f"{path} is not what was written")
     file = pa.ipc.open_file(pa.memory_map(str(path)))
     batches = [file.get_batch(i) for i in range(file.num_record_batches)]
     return ArrowStore(batches, manifest["names"], manifest["files"], Counts(**manifest["counts"]))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def store_key(**parts: object) -> str:

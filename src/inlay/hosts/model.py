@@ -25,16 +25,8 @@ class ModelHost(Host):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _around_forward(cls, _forward)
         own: Any = cls.__dict__.get("base")
-        if own is None:
-            return
-        cls.takes = _arguments(own.forward)
-
-        @functools.wraps(own.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _forward(self, super().forward, args, kwargs)  # type: ignore[misc]
-
-        cls.forward = forward  # type: ignore[attr-defined]
         if not hasattr(own, "generate"):
             return
 
@@ -85,17 +77,26 @@ class EncoderHost(Host):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own: Any = cls.__dict__.get("base")
-        if own is None:
-            return
-        cls.takes = _arguments(own.forward)
+        _around_forward(cls, _encode)
 
-        @functools.wraps(own.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.__dict__[PADDING].set(_named(self.takes, args, kwargs).get("attention_mask"))
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-        cls.forward = forward  # type: ignore[attr-defined]
+def _encode(encoder: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    encoder.__dict__[PADDING].set(_named(encoder.takes, args, kwargs).get("attention_mask"))
+    return frozen(*args, **kwargs)
+
+
+def _around_forward(cls: Any, run: Any) -> None:
+    """Gives a host class a forward with the signature of its module's own, which `run(module, frozen, ...)` answers."""
+    own = cls.__dict__.get("base")
+    if own is None:
+        return
+    cls.takes = _arguments(own.forward)
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, super(cls, self).forward, args, kwargs)
+
+    cls.forward = forward
 
 
 PADDING = "_inlay_padding"
