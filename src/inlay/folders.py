@@ -113,7 +113,15 @@ def clear_leftovers(parent: Path) -> None:
     for path in parent.iterdir() if parent.is_dir() else ():
         succeeded = path.name.endswith(REPLACED) and path.with_name(path.name.removesuffix(REPLACED)).exists()
         if path.name.startswith((ASIDE, TRASH)) or succeeded:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder holds anything but what a killed process of ours was writing or deleting."""
+    return folder.is_dir() and any(not path.name.startswith((ASIDE, TRASH)) for path in folder.iterdir())
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -129,6 +137,19 @@ def replace_text(path: Path, text: str) -> None:
     aside = path.with_name(f"{ASIDE}{path.name}")
     write_synced(aside, text)
     os.replace(aside, path)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file: all of `text`, or nothing where the disk fails."""
+    with path.open("ab", buffering=0) as file:
+        before, rest = file.tell(), memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -143,31 +143,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
     monkeypatch.setattr(Loop, "_step", stepping)
 
 
-METHODS = ("lora", "dora", "adalora", "ia3", "bitfit", "bottleneck", "prefix", "unipelt")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(world, tmp_path, monkeypatch, method):
-    keys = {"max_steps": 6, "eval_steps": 3, "method": method, "gradient_accumulation_steps": 2}
-    straight = run(world, "bert", "labelled", tmp_path / "straight", **keys)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 4, signal.SIGTERM)
-        with pytest.raises(checkpoint.Interrupted) as stopped:
-            run(world, "bert", "labelled", tmp_path / "run", **keys)
-    assert stopped.value.exit_code == 143
-    assert not (tmp_path / "run" / "adapter").exists()
-    resumed = train(load(tmp_path / "run" / "config.yaml", [], {"resume": str(tmp_path / "run")}), quiet=True)
-    for file in ("adapter", "best"):
-        ours, theirs = (r / file / "adapter.safetensors" for r in (resumed.run, straight.run))
-        assert ours.read_bytes() == theirs.read_bytes()
-    logs = []
-    for folder in (resumed.run, straight.run):
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
-    assert logs[0] == logs[1]
-    assert resumed.results == straight.results
-
-
 def test_samples_are_written_once_for_each_evaluation_also_after_a_resume(world, tmp_path, monkeypatch):
     keys = {"max_steps": 6, "eval_samples": 2, "generation_max_new_tokens": 3, "generation_metrics": False}
     keys["save_total_limit"] = 9

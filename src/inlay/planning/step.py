@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from inlay.planning.timeline import ROWS, Recorder, Timeline
+from inlay.train import recompute
 from inlay.train.loss import forward
 
 Device = Literal["cpu", "cuda"]
@@ -128,15 +129,15 @@ def _forget_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextlib.contextmanager
 def _checkpointing(model: Any, stand: _Stand) -> Iterator[None]:
-    again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), stand)}
+    again = {"context_fn": lambda: (contextlib.nullcontext(), stand)}
     cached = getattr(model.config, "use_cache", None)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+    recompute.turn_on(model, again)
     model.config.use_cache = False
     try:
         yield
     finally:
         model.config.use_cache = cached
-        model.gradient_checkpointing_disable()
+        recompute.turn_off(model)
 
 
 @contextlib.contextmanager

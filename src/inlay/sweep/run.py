@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from inlay import folders
 from inlay.config import RunConfig
 from inlay.config_loading import build_method, load, method_name
 from inlay.errors import ConfigError
@@ -29,7 +30,7 @@ from inlay.train.loop import total_steps
 from inlay.train.narrate import Narrator, escape
 from inlay.train.precision import TRAINS_THE_BASE
 from inlay.train.run import Run, train
-from inlay.train.session import Session, attach_new, open_session
+from inlay.train.session import Session, attach_method, open_session
 from inlay.train.signals import StopRequest
 
 OWN = (
@@ -143,7 +144,7 @@ def _same_sweep(folder: Path, config: RunConfig, space: Space) -> None:
                 f"{folder} holds a sweep that differs from this one; name another folder:\n" + "\n".join(changes)
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folders.holds_something(folder):
         raise ConfigError(f"output_dir: {folder} is not empty and holds no sweep; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(shared, indent=1))
@@ -228,7 +229,7 @@ def _side_by_side(
         torch.set_rng_state(drawn)  # as if the base had just been loaded for this run alone
         name = f"run-{number}"
         mine = dataclasses.replace(session, config=config)
-        adapter = attach_new(mine, build_method(config.method), name)
+        adapter = attach_method(mine, name, resumed=starts[number] is not None)
         run = Run(mine, adapter, job.folder, Narrator(narrator.console, quiet=True), stop, job.method)
         loop = run.loop()
         run.begin(loop, starts[number], resume=False)
@@ -249,9 +250,9 @@ def _side_by_side(
         run.finish(member.loop, member.loop.state)
 
 
-def _common_start(folders: Sequence[Path]) -> list[Path | None]:
+def _common_start(runs: Sequence[Path]) -> list[Path | None]:
     """For each run its checkpoint of the latest step of which all have one; none where there is no such step."""
-    newest = [checkpoint.newest(folder)[0] for folder in folders]
+    newest = [checkpoint.newest(folder)[0] for folder in runs]
     steps = [int(path.name.rpartition("-")[2]) if path is not None else 0 for path in newest]
-    found = [checkpoint.whole(folder, min(steps)) for folder in folders]
-    return found if all(found) else [None] * len(folders)
+    found = [checkpoint.whole(folder, min(steps)) for folder in runs]
+    return found if all(found) else [None] * len(runs)

@@ -63,6 +63,7 @@ class Evaluator:
                 results[name] = self.measure(encoded)
                 if self.after is not None:
                     self.after(step, name)
+                    self._end_if_asked()
         return results
 
     def measure_all(self) -> dict[str, dict[str, float]]:
@@ -114,9 +115,7 @@ class Evaluator:
         alone = team is None or team.size == 1
         own = iter(batches.epoch(0) if team is None or alone else batches.epoch(0, start=team.rank, step=team.size))
         for _ in itertools.count() if team is None or alone else range(-(-len(batches) // team.size)):
-            signum = 0 if self.stop is None else self.stop.signum or 0
-            if signum if team is None else team.largest(signum):
-                raise EvaluationStopped
+            self._end_if_asked()
             batch = next(own, None)
             if batch is not None:
                 yield batch, self._forward(batch)
@@ -124,6 +123,12 @@ class Evaluator:
                 return
             elif is_sharded(self.model):  # weights are gathered from all processes
                 self._forward(next(iter(batches.epoch(0))))
+
+    def _end_if_asked(self) -> None:
+        """After a signal to any of the processes all of them stop here."""
+        signum = 0 if self.stop is None else self.stop.signum or 0
+        if signum if self.team is None else self.team.largest(signum):
+            raise EvaluationStopped
 
     def _forward(self, batch: Any) -> Any:
         with torch.no_grad(), self.autocast():

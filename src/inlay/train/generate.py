@@ -45,6 +45,7 @@ def generate(
     *,
     batch: int = 16,
     autocast: Callable[[], AbstractContextManager[Any]],
+    stopped: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Pairs (index of the prompt, text), batch by batch, prompts of similar length together.
 
@@ -55,6 +56,7 @@ def generate(
         decoding: how tokens are chosen.
         batch: prompts at a time.
         autocast: the precision of the forward passes.
+        stopped: asked before each token whether to end here; what is then yielded is unfinished.
 
     Raises:
         DataError: a prompt that leaves no room for an answer.
@@ -77,10 +79,21 @@ def generate(
         if room is not None and writes_after:
             settings["max_new_tokens"] = min(decoding.max_new_tokens, room - longest)
         with torch.no_grad(), autocast():
+            if stopped is not None:
+                settings["stopping_criteria"] = _stopping(stopped)
             written = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings)
         for row, i in enumerate(chosen):
             answer = written[row, longest:] if writes_after else written[row]
             yield i, tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def _stopping(stopped: Callable[[], bool]) -> Any:
+    """The same question in the form that `model.generate` asks it, for all rows at once."""
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList(
+        [lambda ids_BT, scores, **_: torch.full((len(ids_BT),), stopped(), device=ids_BT.device)]
+    )
 
 
 def _positions(model: Any) -> int | None:

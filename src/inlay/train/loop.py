@@ -301,10 +301,9 @@ class Loop:
             )
         greater = config.greater_is_better if config.greater_is_better is not None else greater_is_better(self.metric)
         if better(self.metric, metrics[self.metric], state.best_metric, config.early_stopping_threshold, greater):
-            state.best_metric, state.best_step, state.best = metrics[self.metric], state.step, metrics
             state.not_better = 0
-            if self.run is not None and self.team.main:
-                self.adapter.save(self.run / "best")
+            if self._keep_best():
+                state.best_metric, state.best_step, state.best = metrics[self.metric], state.step, metrics
         else:
             state.not_better += 1
             if config.early_stopping_patience is not None and state.not_better >= config.early_stopping_patience:
@@ -313,6 +312,20 @@ class Loop:
                     f"stopped early: {state.not_better} evaluations without a better {self.metric} than "
                     f"{state.best_metric:.4g} at step {state.best_step}"
                 )
+
+    def _keep_best(self) -> bool:
+        """Write the adapter as the best one; where the disk does not take it, the former one stays what counts."""
+        failed = False
+        if self.run is not None and self.team.main:
+            try:
+                self.adapter.save(self.run / "best")
+            except OSError as error:
+                failed = True
+                self.display.note(
+                    f"[bold red]the best adapter, of step {self.state.step}, could not be written: {error}[/]; "
+                    "the one before it is whole, training goes on"
+                )
+        return not self.team.largest(int(failed))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from inlay import folders
 from inlay.config import RunConfig
 from inlay.config_loading import build_method, method_name
 from inlay.errors import TrainingError
-from inlay.train import checkpoint, insights, models, report, runfolder, trackers, wording
+from inlay.train import checkpoint, insights, models, recompute, report, runfolder, trackers
 from inlay.train.baseline import BASELINE_NAME, head_only
 from inlay.train.checkpoint import RunState
 from inlay.train.defaults import kind_of
@@ -31,7 +31,7 @@ from inlay.train.metrics import MAIN
 from inlay.train.narrate import INDENT, Narrator, escape, title_of
 from inlay.train.progress import Display
 from inlay.train.samples import Samples, generation_metrics
-from inlay.train.session import Session, attach_new, identity, open_session
+from inlay.train.session import Session, attach_method, identity, open_session
 from inlay.train.signals import StopRequest
 
 ADAPTER = "default"
@@ -66,17 +66,13 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
     """
     trackers.check(config.report_to)
     name = method_name(config.method)
-    method = build_method(config.method)
+    build_method(config.method)  # a wrong setting is told before anything is loaded
     narrator = Narrator(console or Console(), quiet=quiet)
     run, start = runfolder.place(config, name)
     with StopRequest() as stop:
         session = open_session(config, name, narrator.say, _batches_per_step(config, run, start))
         run = Path(Team(session.accelerator).of_main(str(run)))
-        classes = session.prepared.labels or ()
-        method = wording.fitted(method, session.config, session.wording, session.tokenizer, classes)
-        adapter = attach_new(session, method, ADAPTER)
-        if not config.resume:
-            wording.start_from_words(adapter, session.config, session.tokenizer)
+        adapter = attach_method(session, ADAPTER, resumed=bool(config.resume))
         _ready_model(session, adapter)
         return Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
 
@@ -99,7 +95,7 @@ def _ready_model(session: Session, adapter: Any) -> None:
         session.train_batches.layout = find_layout(model)
         session.train_batches.mask_dtype = torch.bfloat16 if config.bf16 else model.dtype
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute.turn_on(model)
     if config.fsdp:
         shard(model, adapter, Team(session.accelerator))
     if config.torch_compile:
@@ -231,6 +227,7 @@ class Run:
             session.autocast,
             self.run / "samples.jsonl" if self.main else None,
             self.narrator,
+            self.stop,
         )
 
     def _show_example(self) -> None:

@@ -59,7 +59,7 @@ def place(config: RunConfig, method: str) -> tuple[Path, Path | None]:
         raise ConfigError(f"output_dir: {run} is a file")
     if (run / MARK).exists() or (run.is_dir() and checkpoint.candidates(run)):
         raise ConfigError(f"output_dir: {run} holds a run; go on with it by --resume {run}, or name another folder")
-    if run.is_dir() and any(run.iterdir()):
+    if folders.holds_something(run):
         raise ConfigError(f"output_dir: {run} is not empty and holds no run; name another folder")
     return run, None
 
@@ -158,7 +158,8 @@ def forget_after(run: Path, step: int) -> None:
     """Drop the samples of evaluations after a step: they will be made again."""
     path = run / "samples.jsonl"
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have cut the last line
+        lines = [f"{line}\n" for line in whole.decode("utf-8").split("\n") if line]
         folders.replace_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 

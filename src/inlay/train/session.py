@@ -22,7 +22,7 @@ from inlay.train.defaults import resolve_method, resolve_steps
 from inlay.train.distributed import Team, same_step
 from inlay.train.loop import total_steps
 from inlay.train.precision import autocast, resolve_dtype, resolve_precision
-from inlay.train.wording import check_vocabulary, virtual_tokens, wording_of, words_of
+from inlay.train.wording import check_vocabulary, fitted, start_from_words, virtual_tokens, wording_of, words_of
 
 if TYPE_CHECKING:
     from inlay.data import Batches, DataSpec, Encoded, Prepared
@@ -123,6 +123,25 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     steps = total_steps(config, len(train), accelerator.num_processes)
     config = resolve_steps(config, steps, held_out=bool(prepared.evals))
     return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train, spec.wording)
+
+
+def attach_method(session: Session, name: str, *, resumed: bool = False) -> Any:
+    """Attach the method of the session's configuration, ready to be trained: with its words and what it starts from.
+
+    Args:
+        session: whose model it is attached to.
+        name: of the adapter.
+        resumed: a checkpoint will fill it, so that starting values need not be found.
+
+    Raises:
+        ConfigError: the words do not fit the method, see `wording.fitted` and `wording.start_from_words`.
+    """
+    config, labels = session.config, session.prepared.labels or ()
+    method = fitted(build_method(config.method), config, session.wording, session.tokenizer, labels)
+    adapter = attach_new(session, method, name)
+    if not resumed:
+        start_from_words(adapter, config, session.tokenizer)
+    return adapter
 
 
 def attach_new(session: Session, method: Any, name: str) -> Any:

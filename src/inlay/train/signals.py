@@ -40,13 +40,19 @@ class StopRequest:
         self.deferred = True
 
     def release(self) -> None:
-        """From now on a signal ends the run where it stands."""
+        """From now on a signal ends the run where it stands; one that came since the last safe point does so now."""
         self.deferred = False
+        if self.signum is not None:
+            self._end()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
             os._exit(128 + signum)
         self.signum = signum
         if not self.deferred:
-            os.write(2, f"stopped: {signal.Signals(signum).name}; nothing is lost\n".encode())
-            raise SystemExit(128 + signum)
+            self._end()
+
+    def _end(self) -> None:
+        signum = self.signum or 0
+        os.write(2, f"stopped: {signal.Signals(signum).name}; nothing is lost\n".encode())
+        raise SystemExit(128 + signum)

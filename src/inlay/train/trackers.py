@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlay.errors import ConfigError
+from inlay.folders import append_text
 
 PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -38,8 +39,7 @@ class JsonLines:
         """Append one record."""
         self.waiting.append(json.dumps(dict(record)) + "\n")
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self.waiting))
+            append_text(self.path, "".join(self.waiting))
         except OSError as error:
             self.failure = error
         else:
