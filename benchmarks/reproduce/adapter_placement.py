@@ -27,4 +27,5 @@ if __name__ == "__main__":
         for form in ("parallel", "sequential")
         for place in ("ffn", "attn")
     ]
-    reproduce(CLAIM, variants, judge, arguments("adapter_placement", __doc__ or "", seeds=3))
+    args = arguments("adapter_placement", __doc__ or "", data="banking77", seeds=3, steps=300, batch=32)
+    reproduce(CLAIM, variants, judge, args)

@@ -45,4 +45,6 @@ if __name__ == "__main__":
         Variant("prefix", "prefix"),
     ]
     args = arguments("inference_latency", __doc__ or "", seeds=1, steps=2)
-    reproduce(CLAIM, variants, judge, args, inference=True, columns=("unmerged", "merged"), extra=one_row)
+    reproduce(
+        CLAIM, variants, judge, args, inference=True, control=False, columns=("unmerged", "merged"), extra=one_row
+    )

@@ -1,4 +1,7 @@
-"""MAM, prefix and scaled parallel adapter together, beats each of its parts (arXiv:2110.04366, table 6)."""
+"""MAM, prefix and scaled parallel adapter together, beats each of its parts (arXiv:2110.04366, table 6).
+
+The prefix goes through an MLP as in the authors' code; what is stored has one size in all three (48 rows a layer).
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,26 @@ CLAIM = Claim(
     "MAM: the whole and its parts",
     "prefix tuning with a scaled parallel adapter on the FFN is better than either alone at the same budget",
     "arXiv:2110.04366, table 6",
-    "MAM is above both parts by more than the noise",
+    "with the better of two rates each, MAM is above both parts by more than the noise",
 )
-PREFIX, ADAPTER = {"name": "inlay", "form": "kv"}, {"name": "inlay", "sites": "ffn", "composition": 4.0}
+PREFIX = {"name": "inlay", "form": "kv", "mid": 512}
+ADAPTER = {"name": "inlay", "sites": "ffn", "composition": 4.0}
+FORMS = {
+    "MAM": [PREFIX | {"size": 16}, ADAPTER | {"size": 32}],
+    "prefix alone": PREFIX | {"size": 48},
+    "scaled parallel adapter alone": ADAPTER | {"size": 48},
+}
+RATES = (1e-3, 4e-3)
 
 
 def judge(outcome: Outcome) -> Verdict:
-    return both(outcome.above("MAM", "prefix alone"), outcome.above("MAM", "scaled parallel adapter alone"))
+    whole, *parts = (outcome.best(form) for form in FORMS)
+    return both(*(outcome.above(whole, part) for part in parts))
 
 
 if __name__ == "__main__":
-    rate = {"learning_rate": 1e-3}
     variants = [
-        Variant("MAM", [PREFIX | {"size": 16}, ADAPTER | {"size": 32}], rate),
-        Variant("prefix alone", PREFIX | {"size": 48}, {"learning_rate": 5e-3}),
-        Variant("scaled parallel adapter alone", ADAPTER | {"size": 48}, rate),
+        Variant(f"{label}, {rate:g}", form, {"learning_rate": rate}) for label, form in FORMS.items() for rate in RATES
     ]
-    reproduce(CLAIM, variants, judge, arguments("mam_parts", __doc__ or "", seeds=3))
+    args = arguments("mam_parts", __doc__ or "", data="banking77", seeds=3, steps=300, batch=32)
+    reproduce(CLAIM, variants, judge, args)

@@ -13,7 +13,7 @@ CLAIM = Claim(
     "QLoRA: adapters on 4-bit bases",
     "adapters on an NF4 base, with or without double quantisation, match those on a 16-bit base; FP4 is slightly worse",
     "arXiv:2305.14314, tables 3 and 4",
-    "dense, NF4 and NF4 + DQ lie within two standard deviations of each other (or 0.02), and FP4 is not above NF4",
+    "dense, NF4 and NF4 + DQ are equal, and FP4 is not above NF4 by more than the noise",
 )
 
 
