@@ -91,11 +91,13 @@ def test_trainer_checkpoints_hold_base_and_adapter_and_load_back(tmp_path):
     inlay.attach(model, inlay.LoRA(rank=2))
     settings = arguments(tmp_path, save_strategy="steps", save_steps=3)
     trainer = Trainer(model=model, args=settings, train_dataset=Rows(model))
-    trainer.train()
+    with pytest.warns(UserWarning, match="InlayCallback"):
+        trainer.train()
     again = tiny("llama")
     adapter = inlay.attach(again, inlay.LoRA(rank=2))
     second = Trainer(model=again, args=settings, train_dataset=Rows(again))
-    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.warns(UserWarning, match="InlayCallback"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, tensor in inlay.adapters(model)["default"].state_dict().items():
         torch.testing.assert_close(adapter.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 

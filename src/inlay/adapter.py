@@ -16,6 +16,7 @@ from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError
 from inlay.hosts import insert
 from inlay.hosts.base import Host, is_intact, remove
 from inlay.hosts.model import ModelHost, hosts_rows, tell_padding
+from inlay.hosts.saving import keep_adapters
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
 from inlay.sharded import fill, is_sharded, whole
@@ -201,6 +202,7 @@ def attach(
             )
         if fresh:
             _freeze(model, state)
+        keep_adapters(model)
         state.adapters[name] = adapter
         state.activate(everyone((name,)))
     except BaseException:

@@ -146,14 +146,14 @@ def adopt(module: nn.Module, host: type[Host], path: str) -> Hosted:
             "Undo that (another library's patch), attach, and apply it again."
         )
     module.__class__ = hosted_class(host, type(module))  # type: ignore[assignment, unused-ignore]
-    _follow_dispatch(module)
+    follow_dispatch(module)
     module._modules["inlay"] = Pieces()
     state = Hosted(path)
     module.__dict__["_inlay"] = state
     return state
 
 
-def _follow_dispatch(module: nn.Module) -> None:
+def follow_dispatch(module: nn.Module) -> None:
     """accelerate's device placement calls the forward it once bound; it must be that of the module's class now."""
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
@@ -180,7 +180,7 @@ def release(module: nn.Module) -> None:
             "first (parametrizations, fully_shard, another library's wrapper), then detach."
         )
     module.__class__ = cls.base  # type: ignore[assignment, unused-ignore]
-    _follow_dispatch(module)
+    follow_dispatch(module)
     del module._modules["inlay"]
     del module.__dict__["_inlay"]
 

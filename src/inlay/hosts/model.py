@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.errors import AdapterError
-from inlay.hosts.base import Host, Hosted, hosted_class
+from inlay.hosts.base import Host, Hosted, follow_dispatch, hosted_class
+from inlay.hosts.saving import SavingHost, leave
 from inlay.padding import Padding
 from inlay.route import Group
 
 
-class ModelHost(Host):
+class ModelHost(SavingHost):
     """Swapped in as the model's class while rows of a batch may differ or virtual tokens are served."""
 
     takes: ClassVar[tuple[str, ...]] = ()
@@ -66,8 +67,8 @@ class ModelHost(Host):
         if isinstance(encoder, EncoderHost):
             encoder.__dict__.pop(PADDING)
             encoder.__class__ = type(encoder).base
-        if isinstance(model, ModelHost):
-            model.__class__ = type(model).base  # type: ignore[assignment]
+        leave(model)
+        follow_dispatch(model)
 
 
 class EncoderHost(Host):
@@ -207,5 +208,9 @@ def check_rows(rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 def hosts_rows(model: nn.Module) -> None:
     """Makes a model a host, once."""
-    if not isinstance(model, Host):
+    if isinstance(model, ModelHost):
+        return
+    leave(model)
+    if isinstance(model, SavingHost) or not isinstance(model, Host):  # fully_shard puts its class over a saving host
         model.__class__ = hosted_class(ModelHost, type(model))
+        follow_dispatch(model)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inlay.errors import AdapterError
+from inlay.hosts.saving import MARK, save_adapters
 from inlay.sharded import whole
 from inlay.state import adapters
-
-MARK = ".inlay."
-"""Stands in the name of every tensor of an adapter in its model's state dict, and in no other."""
 
 
 class InlayCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -64,9 +61,7 @@ class InlayCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def _save(model: Any, folder: Path, state_dict: dict[str, Tensor] | None, *, write: bool) -> None:
     given = model.state_dict() if state_dict is None else state_dict
     tensors = {name: whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in given.items() if MARK in name}
-    for name, adapter in adapters(model).items():
-        if write or torch.distributed.is_initialized():
-            adapter.save(folder / "adapters" / name)
+    save_adapters(model, folder, write=write)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
