@@ -67,6 +67,7 @@ class ModelHost(SavingHost):
         if isinstance(encoder, EncoderHost):
             encoder.__dict__.pop(PADDING)
             encoder.__class__ = type(encoder).base
+            follow_dispatch(encoder)
         leave(model)
         follow_dispatch(model)
 
@@ -110,6 +111,7 @@ def tell_padding(model: nn.Module, padding: Padding) -> None:
     if encoder is not None and not isinstance(encoder, Host):
         encoder.__dict__[PADDING] = padding
         encoder.__class__ = hosted_class(EncoderHost, type(encoder))
+        follow_dispatch(encoder)
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
