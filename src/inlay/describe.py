@@ -41,7 +41,7 @@ def describe(adapter: Adapter) -> str:
         f"adapter {adapter.name!r}: {adapter.method!r}",
         f"  trained   {trained:,} parameters = {100 * trained / max(base, 1):.4f} % of the base's {base:,}"
         + (f" (task head: {head:,})" if head else ""),
-        f"  stored    {stored:,}" + ("" if stored == trained else " (a reparametrisation is dropped when saved)"),
+        f"  stored    {stored:,}" + _why_other(trained, stored),
         "  sites     " + ", ".join(f"{name} x {n}" for name, n in sites.items()),
     ]
     if adapter.merged:
@@ -51,3 +51,11 @@ def describe(adapter: Adapter) -> str:
     if titles:
         lines.append("  cite      " + "; ".join(titles) + "  (inlay.citation(adapter) prints BibTeX)")
     return "\n".join(lines)
+
+
+def _why_other(trained: int, stored: int) -> str:
+    if stored == trained:
+        return ""
+    if stored > trained:
+        return " (with values that are kept, but not trained by gradients)"
+    return " (what only training needs is left out when saved)"
