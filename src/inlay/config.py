@@ -144,6 +144,8 @@ class RunConfig(BaseModel):
 
     learning_rate: float | None = Field(None, gt=0)
     """peak learning rate; each method has its own default"""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """peak learning rate of a new task head; by default such that one step moves a logit by about 1"""
     num_train_epochs: float = Field(3.0, gt=0)
     """passes over the data"""
     max_steps: int = Field(-1, ge=-1)

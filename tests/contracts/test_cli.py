@@ -29,7 +29,7 @@ KEYS = """
 model data eval_data eval_fraction columns task max_length packing weights streaming group_by_length on_bad_row method
 template verbalizer init_text init_classes
 output_dir resume allow_changed revision dtype attn_implementation quantization double_quant trust_remote_code
-learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
+learning_rate head_learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm
 optim adam_beta1 adam_beta2 adam_epsilon loraplus_lr_ratio label_smoothing_factor bf16 fp16 gradient_checkpointing
 fsdp torch_compile seed logging_steps eval_steps save_steps save_total_limit metric_for_best_model greater_is_better

@@ -34,9 +34,9 @@ from inlay.train.session import Session, attach_method, open_session
 from inlay.train.signals import StopRequest
 
 OWN = (
-    "method", "learning_rate", "weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio",
-    "warmup_steps", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio",
-    "output_dir", "resume", "early_stopping_patience", "early_stopping_threshold",
+    "method", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_ratio", "warmup_steps", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "loraplus_lr_ratio", "output_dir", "resume", "early_stopping_patience", "early_stopping_threshold",
 )  # fmt: skip
 """Settings in which runs may differ and still share every forward pass."""
 

@@ -23,7 +23,7 @@ def head_only(session: Session, evaluator: Evaluator, main: Loop) -> dict[str, f
     config = session.config.model_copy(
         update={
             "max_steps": steps,
-            "learning_rate": chosen.learning_rate,
+            "learning_rate": session.config.head_learning_rate or chosen.learning_rate,
             "lr_scheduler_type": chosen.lr_scheduler_type,
             "lr_scheduler_kwargs": {},
             "warmup_ratio": chosen.warmup_ratio,

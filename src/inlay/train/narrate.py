@@ -69,6 +69,7 @@ class Narrator:
             memory_needed = f"weights shared by {processes} processes"
         else:
             memory_needed = _memory(session)
+        own = f" (task head {config.head_learning_rate:g})" if config.head_learning_rate is not None else ""
         new = f"new weights, trained with it: {', '.join(session.new_modules)}" if session.new_modules else ""
         words = words_of(config, session.tokenizer, session.prepared.labels)
         said = f"{config.template!r} -> {told(words, session.tokenizer)}" if words is not None else ""
@@ -77,7 +78,8 @@ class Narrator:
             "plan",
             f"{trained:,} parameters are trained{parts}, {stored:,} stored; the base has {base:,} "
             f"([bold]{100 * trained / max(base, 1):.2f} %[/])",
-            f"{total_steps:,} steps of {rows} rows, about {epochs:.1f} epochs; learning_rate {config.learning_rate:g}, "
+            f"{total_steps:,} steps of {rows} rows, about {epochs:.1f} epochs; "
+            f"learning_rate {config.learning_rate:g}{own}, "
             f"{config.lr_scheduler_type} after {warmup_steps(config, total_steps)} steps of warm-up; {config.optim}",
             f"{session.device}, {precision}; {memory_needed}",
             f"run folder [bold]{escape(str(run))}[/]",

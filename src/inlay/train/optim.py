@@ -1,4 +1,4 @@
-"""Optimizers by name, and parameter groups (decay, rates that methods fix, LoRA+)."""
+"""Optimizers by name, and parameter groups (decay, rates of heads and those that methods fix, LoRA+)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 import torch
 
 from inlay.config import RunConfig
+from inlay.train.head_rate import head_parameters
 
 
 def parameter_groups(adapter: Any, config: RunConfig) -> list[dict[str, Any]]:
     """Groups for the optimizer, those at the run's own learning rate first, since that is the rate that is logged.
 
-    Matrices decay, vectors and what a method keeps from it (`Piece.undecayed`) do not. A method may fix the rate of
-    some of its parameters (`Piece.learning_rates`), and LoRA+ gives every B its own.
+    Matrices decay, vectors and what a method keeps from it (`Piece.undecayed`) do not. The task head has a rate of its
+    own, a method may fix that of some of its parameters (`Piece.learning_rates`), and LoRA+ gives every B its own.
 
     Raises:
         MethodError: `loraplus_lr_ratio` without any LoRA matrix B.
     """
     rate = config.learning_rate
     assert rate is not None, "the configuration was not resolved"
-    rates, spared = _rates(adapter, rate, config.loraplus_lr_ratio), _spared(adapter)
+    rates, spared = _rates(adapter, rate, config), _spared(adapter)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in adapter.parameters():
         decays = parameter.ndim >= 2 and id(parameter) not in spared
@@ -31,8 +32,10 @@ def parameter_groups(adapter: Any, config: RunConfig) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda group: group["lr"] != rate)
 
 
-def _rates(adapter: Any, rate: float, ratio: float | None) -> dict[int, float]:
-    rates = {
+def _rates(adapter: Any, rate: float, config: RunConfig) -> dict[int, float]:
+    head, ratio = config.head_learning_rate, config.loraplus_lr_ratio
+    rates = {} if head is None else {id(p): head for p in head_parameters(adapter)}
+    rates |= {
         id(piece.get_parameter(name)): fixed
         for piece in getattr(adapter, "pieces", {}).values()
         for name, fixed in piece.learning_rates().items()

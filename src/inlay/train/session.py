@@ -20,6 +20,7 @@ from inlay.errors import ConfigError
 from inlay.train import models
 from inlay.train.defaults import resolve_method, resolve_steps
 from inlay.train.distributed import Team, same_step
+from inlay.train.head_rate import head_learning_rate
 from inlay.train.loop import total_steps
 from inlay.train.precision import autocast, resolve_dtype, resolve_precision
 from inlay.train.wording import check_vocabulary, fitted, start_from_words, virtual_tokens, wording_of, words_of
@@ -141,7 +142,17 @@ def attach_method(session: Session, name: str, *, resumed: bool = False) -> Any:
     adapter = attach_new(session, method, name)
     if not resumed:
         start_from_words(adapter, config, session.tokenizer)
+    session.config = _with_head_rate(session)
     return adapter
+
+
+def _with_head_rate(session: Session) -> RunConfig:
+    config, new = session.config, session.new_modules
+    if config.head_learning_rate is not None or not new or config.verbalizer is not None:
+        return config
+    inputs = session.train_batches.batch(0, 0).inputs
+    rate = Team(session.accelerator).of_main(head_learning_rate(session.model, new, inputs))
+    return config if rate is None else config.model_copy(update={"head_learning_rate": rate})
 
 
 def attach_new(session: Session, method: Any, name: str) -> Any:
@@ -220,10 +231,10 @@ def identity(session: Session, adapter: Any) -> dict[str, Any]:
     config, prepared = session.config, session.prepared
     step = config.gradient_accumulation_steps * session.accelerator.num_processes
     same = (
-        "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
-        "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio",
-        "label_smoothing_factor", "per_device_train_batch_size", "group_by_length", "packing", "bf16", "fp16", "dtype",
-        "quantization", "verbalizer",
+        "seed", "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio",
+        "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "loraplus_lr_ratio", "label_smoothing_factor", "per_device_train_batch_size", "group_by_length", "packing",
+        "bf16", "fp16", "dtype", "quantization", "verbalizer",
     )  # fmt: skip
     return {
         "base": f"{Path(config.model).name} {_digest(fingerprint(session.model))}",
