@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measure import saved_bytes, storages
+
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -49,6 +51,8 @@ RUNS: dict[str, tuple[str, str, str, str, int, int, bool, bool]] = {
     "bert bottleneck fp32": ("bert", "sequence-classification", "bottleneck", "float32", 32, 128, False, False),
     "bert bitfit fp32": ("bert", "sequence-classification", "bitfit", "float32", 32, 128, False, False),
     "t5 lora fp32": ("t5", "seq2seq", "lora", "float32", 8, 128, False, False),
+    "llama 32K words lora bf16": ("llama-32k", "causal-lm", "lora", "bfloat16", 8, 256, False, False),
+    "gpt2 ia3 fp32": ("gpt2", "causal-lm", "ia3", "float32", 8, 128, False, False),
 }
 
 
@@ -58,6 +62,8 @@ def build(family: str, task: str, dtype: str) -> Any:
 
     config = {
         "llama": lambda: transformers.LlamaConfig(**DECODER),
+        "llama-32k": lambda: transformers.LlamaConfig(**DECODER | {"vocab_size": 32_000, "num_hidden_layers": 4}),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=384, n_layer=6, n_head=6, vocab_size=16_384),
         "bert": lambda: transformers.BertConfig(**ENCODER),
         "t5": lambda: transformers.T5Config(**SEQ2SEQ),
     }[family]()
@@ -84,7 +90,7 @@ def measure(name: str) -> dict[str, float]:
     from inlay.planning.skeleton import twin
     from inlay.planning.step import Conditions, inputs_like, record
     from inlay.train import memory
-    from inlay.train.loss import forward, loss_of
+    from inlay.train.output_head import OutputHead
 
     family, task, method, dtype, rows, length, checkpointing, quantised = RUNS[name]
     torch.manual_seed(0)
@@ -108,12 +114,14 @@ def measure(name: str) -> dict[str, float]:
     optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
+    head = OutputHead(model, task)
     for _ in range(3):
-        loss_of(forward(model, inputs, task), inputs, task).total.backward()
+        head.loss(inputs, 0.0).total.backward()
         optimizer.step()
         optimizer.zero_grad()
     peak = resident("VmHWM") - before
-    kept = saved(lambda: loss_of(forward(model, inputs, task), inputs, task), model, inputs)
+    known = storages(model) | {t.untyped_storage().data_ptr() for t in inputs.values()}
+    kept = saved_bytes(lambda: head.loss(inputs, 0.0).total, known)
     announced = memory.estimate(model, inputs, task, "adamw_torch_fused", checkpointing=checkpointing)
     conditions = Conditions(device="cpu", checkpointing=checkpointing)
     held = record(twin(model), task, inputs_like(inputs, rows), conditions).held
@@ -121,26 +129,6 @@ def measure(name: str) -> dict[str, float]:
         "peak": peak, "announced": announced.total, "weights": announced.weights,
         "saved": kept, "held": held[0] + rows * held[1], "checkpointing": checkpointing,
     }  # fmt: skip
-
-
-def saved(run: Any, model: Any, inputs: dict[str, Any]) -> int:
-    """Bytes that autograd keeps of a forward pass, each storage once, weights left out."""
-    import torch
-
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs.values())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    total = sum(kept.values())
-    del loss
-    return total
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ import transformers as T
 import inlay
 from inlay.errors import ConfigError, MethodError
 from inlay.planning.bases import BASES, four_bits, quantised_leaves, weight_bytes
-from inlay.planning.footprint import optimizer_state
+from inlay.planning.footprint import Footprint, OptimizerState, optimizer_state
 from inlay.planning.picture import picture
 from inlay.planning.plan import REFERENCE, bytes_of
 from inlay.planning.skeleton import empty_model, file_bytes, twin
 from inlay.planning.step import Conditions, inputs_like, make_inputs, record
 from inlay.planning.study import Settings, Study
-from inlay.train.loss import forward, loss_of
+from inlay.train.output_head import OutputHead
 from tiny import batch, tiny
 
 GB = 1e9
@@ -98,7 +98,7 @@ def saved(model, inputs, task):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(forward(model, inputs, task), inputs, task)
+        loss = OutputHead(model, task).loss(inputs, 0.0)
     total = sum(kept.values())
     del loss
     gc.collect()
@@ -127,6 +127,47 @@ def test_activations_are_those_that_autograd_keeps(family, method):
     timeline = record(twin(model), task, inputs_like(inputs, 8), Conditions(device="cpu"))
     estimated = timeline.held[0] + 8 * timeline.held[1]
     assert estimated == pytest.approx(measured, rel=0.1)
+
+
+def words(**changes):
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return T.LlamaForCausalLM(T.LlamaConfig(**settings, vocab_size=4096, **changes)).train()
+
+
+def test_logits_of_a_frozen_projection_are_not_kept():
+    model, inputs = words(), {"input_ids": torch.zeros(4, 64, dtype=torch.long)}
+    inputs["labels"] = inputs["input_ids"]
+    inlay.attach(model, inlay.LoRA())
+    timeline = record(twin(model), "causal-lm", inputs_like(inputs, 4), Conditions(device="cpu"))
+    kept = timeline.held[0] + 4 * timeline.held[1]
+    assert kept == pytest.approx(saved(model, inputs, "causal-lm"), rel=0.1)
+    assert kept < 4 * 63 * 4096 * 4  # bytes of the logits
+
+
+def test_pieces_of_logits_stop_growing_with_the_rows():
+    footprint = Footprint(0, 0, OptimizerState(0), 0, {1: timeline_of_words()})
+    small, large = (footprint.memory(rows, 1).scratch / rows for rows in (8, 800))
+    assert small > 2 * 63 * 4096 * 4  # all logits of few rows, and what logsumexp makes of them
+    assert large < small / 4
+
+
+def timeline_of_words():
+    model, inputs = words(), {"input_ids": torch.zeros(4, 64, dtype=torch.long)}
+    inputs["labels"] = inputs["input_ids"]
+    inlay.attach(model, inlay.LoRA())
+    return record(twin(model), "causal-lm", inputs_like(inputs, 4), Conditions(device="cpu"))
+
+
+def test_logits_that_the_model_changes_after_its_projection_are_kept():
+    config = T.Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=4096,
+    )  # fmt: skip
+    model, inputs = T.Gemma2ForCausalLM(config).train(), {"input_ids": torch.zeros(4, 64, dtype=torch.long)}
+    inputs["labels"] = inputs["input_ids"]
+    inlay.attach(model, inlay.LoRA())
+    timeline = record(twin(model), "causal-lm", inputs_like(inputs, 4), Conditions(device="cpu"))
+    assert timeline.held[0] + 4 * timeline.held[1] > 4 * 63 * 4096 * 4
 
 
 def test_other_batches_and_lengths_are_those_of_recordings_there():

@@ -162,14 +162,13 @@ class Footprint:
         return [float(np.prod([(length - j) / (k - j) for j in known if j != k])) for k in known]
 
     def _live(self, rows: int, length: int) -> NDArray[np.float64]:
-        parts = [
-            w * (t.constant + rows * t.per_row.astype(np.float64))
-            for w, t in zip(self._weights(length), self._kept(), strict=True)
-            if w
-        ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        used = [(w, t) for w, t in zip(self._weights(length), self._kept(), strict=True) if w]
+        total = sum(w * (t.constant + rows * t.per_row.astype(np.float64)) for w, t in used)
+        assert not isinstance(total, int), "a length is told from a recording"
+        for same in zip(*(t.capped for _, t in used), strict=True):  # one tensor, as it was recorded at each length
+            born, died, _, most = same[0]
+            grown = rows * sum(w * per_row for (w, _), (_, _, per_row, _) in zip(used, same, strict=True))
+            total[born:died, SCRATCH] += min(most, grown)
         return total
 
 

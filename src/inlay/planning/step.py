@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from inlay.planning.head_loss import frozen_projection, loss_in_pieces, passing_through
 from inlay.planning.timeline import ROWS, Recorder, Timeline
 from inlay.train import recompute
 from inlay.train.loss import forward
@@ -54,6 +55,15 @@ def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions
         inputs: `ROWS` rows on the meta device, of `make_inputs` or `inputs_like`.
         conditions: device, checkpointing, autocast.
     """
+    leaf = frozen_projection(model, task, conditions.autocast)
+    found = None if leaf is None else _recorded(model, task, inputs, conditions, leaf)
+    return found or _recorded(model, task, inputs, conditions, None)
+
+
+def _recorded(
+    model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions: Conditions, leaf: nn.Module | None
+) -> Timeline | None:
+    """The timeline with the output projection `leaf` left to the loss; None if it is not the model's last step."""
     parameters = list(model.parameters())
     known = [*parameters, *model.buffers(), *inputs.values()]
     training = model.training
@@ -68,8 +78,16 @@ def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions
         stack.enter_context(_autocast_on_meta(conditions.autocast))
         stack.enter_context(recorder)
         with stand:
-            output = forward(model, inputs, task)
-            loss = _loss(output, inputs, task)
+            if leaf is None:
+                output = forward(model, inputs, task)
+                loss = _loss(output, inputs, task)
+            else:
+                with passing_through(leaf) as seen:
+                    output = forward(model, inputs, task)
+                if not seen.is_last(output.logits):
+                    return None
+                seen.inputs.clear()
+                loss = loss_in_pieces(output.logits, inputs, leaf, task, conditions.autocast, recorder)
         del output
         recorder.forward_ends()
         loss.backward()

@@ -40,6 +40,7 @@ class Timeline:
         flops: multiplications and additions of matrix products and attention: (constant, per row).
         held: (constant, per row) of what is alive at the end of the forward pass, the activations.
         order: which storages are born and die when; equal for two recordings of the same program.
+        capped: (born, died, bytes a row, bytes at most) of scratch that stops growing with the rows, not in the tables.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Timeline:
         flops: tuple[int, int],
         held: tuple[int, int],
         order: tuple[tuple[int, int, int], ...],
+        capped: tuple[tuple[int, int, int, int], ...] = (),
     ) -> None:
         self.constant, self.per_row = constant, per_row
         self.flops, self.held = flops, held
-        self.order = order
+        self.order, self.capped = order, capped
 
 
 class Recorder(TorchDispatchMode):
@@ -73,6 +75,7 @@ class Recorder(TorchDispatchMode):
         self._died: list[int] = []
         self._size: list[int] = []
         self._index: dict[int, int] = {}
+        self._cap: dict[int, int] = {}
         self._now = 0
         self._flops = [0, 0]
         self._forward_end: int | None = None
@@ -98,6 +101,10 @@ class Recorder(TorchDispatchMode):
     def add_flops(self, count: int) -> None:
         """Counts work that no operator stands for."""
         self._flops[count % ROWS == 0] += count
+
+    def cap(self, tensor: Tensor, most: int) -> None:
+        """A tensor that holds a part of the rows at a time, and never takes more than `most` bytes."""
+        self._cap[self._index[_key(tensor)]] = most
 
     def forward_ends(self) -> None:
         """Called between the forward and the backward pass: what is alive now is held for the latter."""
@@ -140,16 +147,19 @@ class Recorder(TorchDispatchMode):
         kind = np.where((born <= end) & (died > end), HELD, SCRATCH)
         kind[list(gradients)] = GRADIENT
         rowwise = np.array([s % ROWS == 0 for s in self._size], dtype=bool)
+        capped = np.array([i in self._cap for i in range(len(rowwise))], dtype=bool)
         amount = np.array([s // ROWS if r else s for s, r in zip(self._size, rowwise, strict=True)], dtype=np.int64)
         tables = []
-        for wanted in (~rowwise, rowwise):
+        for wanted in (~rowwise & ~capped, rowwise & ~capped):
             change = np.zeros((count, 3), dtype=np.int64)
             np.add.at(change, (born[wanted], kind[wanted]), amount[wanted])
             np.add.at(change, (died[wanted], kind[wanted]), -amount[wanted])
             tables.append(change.cumsum(0))
         held = tuple(int(table[end, HELD]) for table in tables)
         order = tuple(zip(self._born, died.tolist(), kind.tolist(), strict=True))
-        return Timeline(tables[0], tables[1], (self._flops[0], self._flops[1] // ROWS), (held[0], held[1]), order)
+        flops = self._flops[0], self._flops[1] // ROWS
+        growing = tuple((int(born[i]), int(died[i]), int(amount[i]), most) for i, most in self._cap.items())
+        return Timeline(tables[0], tables[1], flops, (held[0], held[1]), order, growing)
 
 
 _aten = torch.ops.aten
