@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import typer.main
 
@@ -57,3 +59,13 @@ def test_no_verb_is_missing():
 
 def test_keys_of_the_run_configuration():
     assert list(RunConfig.model_fields) == KEYS.split()
+
+
+def test_without_the_training_packages_the_message_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ruamel", None)
+    monkeypatch.setitem(sys.modules, "ruamel.yaml", None)
+    monkeypatch.setattr(sys, "argv", ["inlay", "train", "--model", "m", "--data", "d.csv", "learning_rate=1e-4"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "pip install 'inlay[train]'" in capsys.readouterr().err

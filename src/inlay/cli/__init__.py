@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VERB_ORDER = ("demo", "plan", "train", "eval", "predict", "generate", "export", "data", "inspect", "methods")
 """Verbs in the order in which a user meets them; others follow by name."""
+INSTALL = "the command line needs more than the library, pip install 'inlay[train]'"
 
 
 def main() -> None:
@@ -27,10 +28,14 @@ def main() -> None:
     # Optional libraries that accelerate imports tell of kernels for other machines; that concerns nobody here.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # A single verb is imported alone where the first word names one.
-    app = build(sys.argv[1] if len(sys.argv) > 1 else None)
     try:
-        app()
+        # A single verb is imported alone where the first word names one.
+        build(sys.argv[1] if len(sys.argv) > 1 else None)()
+    except ModuleNotFoundError as error:
+        if os.environ.get("INLAY_DEBUG") or (error.name or "").startswith("inlay"):
+            raise
+        print(f"config error: the package of {error.name!r} is not installed: {INSTALL}", file=sys.stderr)
+        raise SystemExit(2) from None
     except InlayError as error:
         if os.environ.get("INLAY_DEBUG"):
             raise
