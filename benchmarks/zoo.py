@@ -7,6 +7,7 @@ not build or run, gentler changes are tried before the class is given up.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -237,6 +238,8 @@ def inputs_for(kind: str, model: nn.Module) -> dict[str, Any]:
         size = getattr(config, "image_size", 32)
         size = (size, size) if isinstance(size, int) else tuple(size)
         return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), *size, generator=generator)}
+    if kind == "speech":
+        return _speech(model, generator)
     if kind in ("audio", "ctc"):
         if model.main_input_name == "input_features":
             bins = getattr(config, "num_mel_bins", getattr(config, "feature_projection_input_dim", 80))
@@ -255,6 +258,28 @@ def inputs_for(kind: str, model: nn.Module) -> dict[str, Any]:
     if kind == "seq2seq" or (config.is_encoder_decoder and kind in ("causal", "mlm")):
         inputs["decoder_input_ids"] = ids[:, :6]
     return inputs
+
+
+def _speech(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    """Sound and six tokens for a speech recogniser, in the first form that it takes."""
+    config: Any = model.config
+    audio = getattr(config, "audio_config", config)
+    names = ("num_mel_bins", "input_feat_per_channel")
+    bins = next((n for k in names if isinstance(n := getattr(audio, k, None), int)), 80)
+    frames = 2 * int(getattr(audio, "max_source_positions", None) or 50)
+    vocab = min(VOCAB, getattr(config.get_text_config(), "vocab_size", VOCAB))
+    ids = torch.randint(5, vocab, (2, 6), generator=generator)
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "input_features": ((2, bins, frames), (2, 100, bins), (2, bins, 100)),
+        "input_values": ((2, 4000), (2, 1, 4000)),
+    }
+    for name, forms in shapes.items():
+        for shape in forms:
+            inputs = {name: torch.randn(shape, generator=generator), "decoder_input_ids": ids}
+            with contextlib.suppress(Exception), torch.no_grad():
+                model(**inputs)
+                return inputs
+    return {"input_ids": ids}
 
 
 def build(name: str, kinds: Mapping[str, str] = TEXT) -> nn.Module:

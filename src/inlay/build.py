@@ -25,9 +25,13 @@ def heads(found: Anatomy, head: Literal["auto"] | str | Sequence[str] | None) ->
     if head == "auto":
         return found.select("head")
     wanted = [head] if isinstance(head, str) else list(head)
-    inside = [p for p in found.leaves for h in wanted if p.startswith(h + ".")]
-    direct = [h for h in wanted if not any(p.startswith(h + ".") for p in found.leaves)]
-    return found.select([*dict.fromkeys(inside), *direct]) if inside or direct else []
+    # A head may be called what other modules end in, or as a semantic name ("norm").
+    own = [s for s in found.select("head") if s.leave in wanted] if found.head else []
+    named = {s.leave for s in own}
+    rest = [h for h in wanted if h not in named]
+    inside = [p for p in found.leaves for h in rest if p.startswith(h + ".")]
+    direct = [h for h in rest if not any(p.startswith(h + ".") for p in found.leaves)]
+    return own + (found.select([*dict.fromkeys(inside), *direct]) if inside or direct else [])
 
 
 def build(model: nn.Module, method: Method, found: Anatomy, at_heads: list[Site]) -> Built:

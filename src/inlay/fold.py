@@ -20,6 +20,7 @@ from inlay.methods.base import Delta, Replacement
 from inlay.quant.bridge import is_quantized, weight_of
 
 PLAIN = {"Linear", "Linear4", "DenseLinear", "Linear4bit", "Linear8bitLt", "Conv1D", "Embedding", "LayerNorm"}
+PLAIN |= {"Conv1d", "Conv2d", "Conv3d"}
 """Classes of modules known to apply `weight` and `bias` as they are; others are tried out."""
 
 STORAGE = ("quant_state", "state", "quant_type", "block_size", "weight_dtype")
@@ -239,6 +240,13 @@ def _store_weight(
     if not is_quantized(module):
         exact = folded_OI.to(own.dtype)
         held = exact.t() if _transposed(module) else exact
+        if own.ndim != 2:
+            if int(getattr(module, "groups", 1)) > 1:
+                raise MergeError(
+                    f"{new.path} projects {module.groups} groups of features apart from each other, and the adapter "
+                    "joins them, so its weight has no room for the merge. Keep the adapter attached."
+                )
+            held = held.reshape(own.shape)
         new.parameters["weight"] = nn.Parameter(held.contiguous(), requires_grad=False)
     elif to is not None:
         exact = folded_OI.to(to)

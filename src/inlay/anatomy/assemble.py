@@ -7,7 +7,7 @@ import dataclasses
 from torch import nn
 
 from inlay.anatomy.attentions import Attentions
-from inlay.anatomy.base import Anatomy, Block, FeedForward, Leaf, Mixer, RowAxis
+from inlay.anatomy.base import Anatomy, Axis, Block, FeedForward, Leaf, Mixer, RowAxis
 from inlay.anatomy.graph import Call, LeafCall, ModuleCall, Trace
 from inlay.anatomy.spans import feed_forward, is_tokenwise, norm_after, norm_before, width
 from inlay.anatomy.sublayers import Layer, Tree, Unit, does_feed_forward, layers, mixes_tokens
@@ -28,11 +28,11 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
     tree = Tree(record, modules)
     reached = record.reaching()
     leaves = _leaves(static_leaves(model), tree, reached)
-    whole = {path: _as_leaf(call, record.batch) for path, call in tree.whole.items() if path and path in tree.below}
+    whole = {path: _as_leaf(call, tree) for path, call in tree.whole.items() if path and path in tree.below}
     found = layers(tree)
     attentions = Attentions(tree, found, getattr(model, "config", None))
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    judge = _Judge(record)
+    judge = _Judge(tree)
     blocks: list[Block] = []
     counts: dict[str, int] = {}
     for layer in found:
@@ -45,7 +45,7 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
         blocks.append(dataclasses.replace(block, stack=stack, layer=index))
     _mark_routed(blocks, leaves)
     for mixer in (m for b in blocks for m in b.mixers):
-        whole.setdefault(mixer.path, _as_leaf(tree.whole[mixer.path], record.batch))
+        whole.setdefault(mixer.path, _as_leaf(tree.whole[mixer.path], tree))
     head, new_head = head_of(model, leaves)
     everything = [a for b in blocks for a in b.attentions]
     return Anatomy(
@@ -89,11 +89,13 @@ def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str,
         if call is None:
             leaves[path] = dataclasses.replace(leaf, bypassed=path in tree.record.bypassed)
             continue
-        sizes = leaf.in_features, leaf.out_features
+        sizes, axis = (leaf.in_features, leaf.out_features), leaf.axis
+        if leaf.kind == "norm" and call.x.ndim > 2 and call.x.shape[-1] != leaf.in_features == call.x.shape[1]:
+            axis = 1
         if leaf.kind == "embedding":
             sizes = leaf.in_features, call.y.shape[-1]
         elif leaf.kind != "conv":
-            sizes = call.x.shape[-1], call.y.shape[-1]
+            sizes = call.x.shape[axis], call.y.shape[axis]
         if leaf.kind == "linear" and sizes != (leaf.in_features, leaf.out_features):
             # Its weight is not the map from x to y that it looks like: several blocks side by side, mostly.
             leaf = dataclasses.replace(leaf, kind="module")
@@ -102,6 +104,7 @@ def _leaves(leaves: dict[str, Leaf], tree: Tree, reached: set[str]) -> dict[str,
             leaf,
             in_features=sizes[0],
             out_features=sizes[1],
+            axis=axis,
             called=True,
             rows=rows,
             dead=path not in reached,
@@ -119,16 +122,33 @@ def _rows(call: Call, batch: int) -> RowAxis:
     return "routed" if table and shape[0] not in (1, batch) else "first"
 
 
-def _as_leaf(call: ModuleCall, batch: int) -> Leaf:
-    sizes = call.x.shape[-1] if call.x.ndim else 1, call.y.shape[-1] if call.y.ndim else 1
-    return Leaf(call.path, "module", *sizes, False, called=True, rows=_rows(call, batch))
+def _as_leaf(call: ModuleCall, tree: Tree) -> Leaf:
+    axis = _axis(call, tree)
+    into, out = (t.shape[axis if t.ndim > 1 else -1] if t.ndim else 1 for t in (call.x, call.y))
+    return Leaf(call.path, "module", into, out, False, called=True, rows=_rows(call, tree.record.batch), axis=axis)
+
+
+def _axis(call: ModuleCall, tree: Tree) -> Axis:
+    """Where a module's features are: where the leaves have them that read what it is given, or what has its shape."""
+    if call.x.ndim < 3 or call.y.ndim != call.x.ndim:
+        return -1
+    axes = {leaf.axis for leaf in tree.leaves(call.path) if leaf.x.shape == call.x.shape}
+    return 1 if axes == {1} else -1
+
+
+def _keeps_positions(call: ModuleCall, tree: Tree) -> bool:
+    """Whether a module gives as many positions as it is given: what merges patches stands beside no residual."""
+    axis = _axis(call, tree)
+    if call.x.ndim < 2 or call.y.ndim < 2:
+        return True
+    return call.x.numel() // call.x.shape[axis] == call.y.numel() // call.y.shape[axis]
 
 
 class _Judge:
     """Tells sub-layers that mix tokens from those that do not; asks once for each kind of module."""
 
-    def __init__(self, record: Trace) -> None:
-        self.record = record
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
         self.known: dict[type[nn.Module], bool] = {}
 
     def mixes(self, call: ModuleCall) -> bool:
@@ -136,7 +156,7 @@ class _Judge:
             return False
         kind = type(call.module)
         if kind not in self.known:
-            self.known[kind] = mixes_tokens(call, self.record.batch) is not False
+            self.known[kind] = mixes_tokens(call, self.tree.record.batch, _axis(call, self.tree)) is not False
         return self.known[kind]
 
 
@@ -156,6 +176,8 @@ def _block(layer: Layer, tree: Tree, attentions: Attentions, leaves: dict[str, L
         elif unit.path is not None and any(c.kind != "conv" for c in unit.calls):
             call = tree.whole[unit.path]
             norms = norm_before(record, call.x), norm_after(record, call)
+            if not _keeps_positions(call, tree):
+                continue
             experts = any(leaves[c.path].experts for c in unit.calls) or _routed(unit)
             if not experts and judge.mixes(call):
                 makers = [c for c in record.sources(call.y) if isinstance(c, LeafCall)]
@@ -194,7 +216,7 @@ def _without_leaves(layer: Layer, tree: Tree, judge: _Judge) -> list[Mixer]:
             continue
         if any(t is not None and (t == path or inside(t, path)) for t in taken) or path in tree.calls:
             continue
-        if judge.mixes(call):
+        if _keeps_positions(call, tree) and judge.mixes(call):
             return [Mixer(path, None, norm_before(tree.record, call.x), norm_after(tree.record, call))]
     return []
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from inlay.anatomy.base import Attention, Columns, Heads, Port
 from inlay.anatomy.graph import AttentionCall, Call, LeafCall, used_columns
 from inlay.anatomy.spans import after_dropout, norm_after, norm_before
-from inlay.anatomy.structure import Found, attention_before, attention_by_name, heads
+from inlay.anatomy.structure import PATTERNS, Found, attention_before, attention_by_name, heads
 from inlay.anatomy.sublayers import Layer, Tree, Unit
 from inlay.anatomy.tree import inside
 
@@ -70,6 +70,7 @@ class Attentions:
             return
         parts = {"q": call.q, "k": call.k, "v": call.v}
         ports = {name: [c for c in self._projections(t) if inside(c.path, layer)] for name, t in parts.items()}
+        ports = {name: self._behind_convolutions(name, calls) for name, calls in ports.items()}
         shapes = Heads(call.q.shape[1], call.k.shape[1], call.k.shape[-1], call.v.shape[-1], call.causal, call.window)
         takers = [c for c in self.record.takers(call) if c.kind in ("linear", "module", "conv")]
         self._add(
@@ -80,6 +81,23 @@ class Attentions:
         return [
             c for c in self.record.sources(tensor) if isinstance(c, LeafCall) and c.kind in ("linear", "module", "conv")
         ]
+
+    def _behind_convolutions(self, name: str, calls: list[LeafCall]) -> list[LeafCall]:
+        """The projections before a convolution over neighbouring tokens, which is no projection itself.
+
+        Where it mixes queries and keys, their names tell them apart.
+        """
+        made = [c for c in calls if c.kind != "conv"]
+        todo = [c for c in calls if c.kind == "conv"]
+        before: list[LeafCall] = []
+        while todo:
+            for source in self._projections(todo.pop().x):
+                (todo if source.kind == "conv" else before).append(source)
+        found = list({id(c): c for c in (*made, *before)}.values())
+        if not before or len(found) == len(made):
+            return made or calls
+        named = [c for c in found if PATTERNS[name].search(c.path.rsplit(".", 1)[-1])]
+        return named or found
 
     def _add_by_structure(self, layer: Layer) -> None:
         for leaf in sorted((c for u in layer.units for c in u.calls), key=lambda c: c.order):
@@ -233,7 +251,7 @@ def _ports(name: str, ports: dict[str, list[LeafCall]], columns: dict[tuple[str,
 
 
 def _width(call: LeafCall, columns: Columns | None) -> int:
-    return sum(hi - lo for lo, hi in columns) if columns else int(call.y.shape[1 if call.kind == "conv" else -1])
+    return sum(hi - lo for lo, hi in columns) if columns else int(call.y.shape[call.axis])
 
 
 def _contiguous(

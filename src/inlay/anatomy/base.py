@@ -9,6 +9,7 @@ from typing import Literal
 Tap = Literal["output", "input", "through"]
 Kind = Literal["linear", "norm", "embedding", "conv", "module", "attention"]
 RowAxis = Literal["first", "second", "routed"]
+Axis = Literal[-1, 1]
 Columns = tuple[tuple[int, int], ...]
 
 SEMANTIC = (
@@ -67,7 +68,7 @@ class Site:
     heads: Heads | None = None
     causal: bool = False
     rows: RowAxis = "first"
-    axis: Literal[-1, 1] = -1
+    axis: Axis = -1
 
     @property
     def fused(self) -> bool:
@@ -93,7 +94,7 @@ class Leaf:
     has_bias: bool
     called: bool = False
     rows: RowAxis = "first"
-    axis: Literal[-1, 1] = -1
+    axis: Axis = -1
     bypassed: bool = False
     dead: bool = False
     experts: int = 0

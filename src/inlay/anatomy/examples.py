@@ -76,7 +76,7 @@ def _other(model: nn.Module, config: Any) -> list[dict[str, Tensor]]:
     def noise(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    if name == "pixel_values":
+    if name in ("pixel_values", "inputs"):
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from inlay.anatomy.base import Columns, Kind
+from inlay.anatomy.base import Axis, Columns, Kind
 from inlay.anatomy.tree import inside
 
 Node: TypeAlias = Any
@@ -37,10 +37,11 @@ class LeafCall(Call):
     """A call of a leaf.
 
     `cut` is its output as the start of a new graph, None where it is not cut (norms); `others` and
-    `results` are further tensors that it was given and gave.
+    `results` are further tensors that it was given and gave; `axis` is where x and y have their features.
     """
 
     kind: Kind = "linear"
+    axis: Axis = -1
     cut: Tensor | None = None
     others: tuple[Tensor, ...] = ()
     results: tuple[Tensor, ...] = ()
@@ -249,7 +250,7 @@ def reaching(leaf: LeafCall, node: Node) -> Columns | None:
 
 
 def _nonzero(leaf: LeafCall, grad: Tensor) -> Columns | None:
-    grad = grad.movedim(1, -1) if leaf.kind == "conv" else grad
+    grad = grad.movedim(leaf.axis, -1)
     used = grad.reshape(-1, grad.shape[-1]).ne(0).any(0).tolist()
     return None if all(used) or not any(used) else _ranges(used)
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inlay.anatomy.base import Kind
+from inlay.anatomy.base import Axis, Kind
 from inlay.anatomy.examples import candidates
 from inlay.anatomy.graph import AttentionCall, LeafCall, ModuleCall, Trace, later
-from inlay.anatomy.tree import children_of, inside, leaf_kind, modules_of, static_leaves
+from inlay.anatomy.tree import children_of, feature_axis, inside, leaf_kind, modules_of, static_leaves
 
 PROBE = "inlay_probe"
 MOST_NOISE = 200_000
@@ -170,7 +170,7 @@ def _listening(modules: list[tuple[str, nn.Module]], record: Trace, count: Itera
                 idle.append(module)
             else:
                 experts = "expert" in f"{path} {type(module).__name__}".lower()
-                hook = _leaf_hook(record, count, path, kind, _is_norm(path, module), experts)
+                hook = _leaf_hook(record, count, path, kind, _is_norm(path, module), experts, feature_axis(module))
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -253,13 +253,15 @@ def _noise(record: Trace, count: Iterator[int], path: str, module: nn.Module) ->
     return forward
 
 
-def _leaf_hook(record: Trace, count: Iterator[int], path: str, kind: Kind, norm: bool, experts: bool) -> Hook:
+def _leaf_hook(
+    record: Trace, count: Iterator[int], path: str, kind: Kind, norm: bool, experts: bool, axis: Axis
+) -> Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         x, y = _given(args, kwargs), _result(result)
         if x is None or y is None:
             return None
         others = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x)
-        call = LeafCall(path, next(count), x, y, kind, others=others)
+        call = LeafCall(path, next(count), x, y, kind, axis, others=others)
         several = kind == "module" and not isinstance(result, Tensor)
         if kind == "norm" or several or (kind == "module" and y.shape == x.shape and not experts):
             # No projection, only something with parameters of its own: what it is made from still counts.
@@ -312,8 +314,9 @@ def _attention_probe(modules: list[tuple[str, nn.Module]], record: Trace, count:
     paths = {id(module): path for path, module in modules}
 
     def attend(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, **kw: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kw: Any
     ) -> tuple[Tensor, None]:
+        q, k, v = query, key, value  # some models pass them by these names
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).requires_grad_().clone()
         if not torch.is_grad_enabled():
             return out, None

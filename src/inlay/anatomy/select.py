@@ -129,11 +129,9 @@ def _semantic(anatomy: Anatomy, name: str) -> list[Site]:
 def _heads_site(anatomy: Anatomy, block: Block, attention: Attention, name: str) -> Site:
     leaf = anatomy.modules.get(attention.path) or anatomy.leaf(attention.enter)
     width = attention.heads.query * attention.heads.value_size
-    first = anatomy.leaves.get(attention.enter, leaf)
-    wide = first.in_features if first.axis == 1 else leaf.in_features
     return Site(
-        name, attention.path, attention.path, wide, width, layer=block.layer, stack=block.stack, kind="attention",
-        heads=attention.heads, causal=attention.heads.causal, rows=leaf.rows, axis=first.axis,
+        name, attention.path, attention.path, leaf.in_features, width, layer=block.layer, stack=block.stack,
+        kind="attention", heads=attention.heads, causal=attention.heads.causal, rows=leaf.rows, axis=leaf.axis,
     )  # fmt: skip
 
 
@@ -175,7 +173,9 @@ def _span(anatomy: Anatomy, block: Block, name: str, what: str, f: FeedForward) 
         has_bias=last.has_bias, causal=block.causal, rows=last.rows, axis=last.axis,
     )  # fmt: skip
     if what == "residual":
-        return [made] if f.pre_norm is None else [dataclasses.replace(made, enter=f.pre_norm, in_features=_out(made))]
+        if f.pre_norm is None:
+            return [made]
+        return [dataclasses.replace(made, enter=f.pre_norm, in_features=anatomy.leaf(f.pre_norm).in_features)]
     if what == "norm":
         if f.post_norm is None:
             return []

@@ -20,7 +20,7 @@ def feed_forward(record: Trace, unit: Unit) -> FeedForward | None:
     if inner != [last]:
         return None
     entering = calls[:-1]
-    if any(c.x.shape[-1] != last.y.shape[-1] for c in entering):
+    if any(c.x.shape[c.axis] != last.y.shape[last.axis] for c in entering):
         return None
     gate = _gate(last, entering)
     up = next(c for c in entering if c is not gate)
@@ -59,7 +59,8 @@ def is_tokenwise(record: Trace, unit: Unit) -> bool:
 
 def width(unit: Unit) -> int:
     """The features between the projections of a feed-forward span."""
-    return int(max(unit.calls, key=lambda c: c.order).x.shape[-1])
+    last = max(unit.calls, key=lambda c: c.order)
+    return int(last.x.shape[last.axis])
 
 
 def _gate(last: LeafCall, entering: list[LeafCall]) -> LeafCall | None:

@@ -151,6 +151,7 @@ def _is_causal(softmax: Node) -> bool:
 QUERY = re.compile(r"(^|_)(q|wq|query|queries)(_|$)")
 KEY = re.compile(r"(^|_)(k|wk|key|keys)(_|$)")
 VALUE = re.compile(r"(^|_)(v|wv|value|values)(_|$)")
+PATTERNS = {"q": QUERY, "k": KEY, "v": VALUE}
 
 
 def attention_by_name(calls: Iterable[LeafCall]) -> Found | None:
@@ -159,7 +160,7 @@ def attention_by_name(calls: Iterable[LeafCall]) -> Found | None:
     calls = list(calls)
     for call in calls:
         name = call.path.rsplit(".", 1)[-1]
-        for letter, pattern in (("q", QUERY), ("k", KEY), ("v", VALUE)):
+        for letter, pattern in PATTERNS.items():
             if pattern.search(name):
                 found[letter].append(call)
     q, k, v = (tuple(found[letter]) for letter in "qkv")

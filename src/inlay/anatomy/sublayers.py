@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from inlay.anatomy.base import Axis
 from inlay.anatomy.graph import AttentionCall, LeafCall, ModuleCall, Trace
 from inlay.anatomy.structure import attention_before
 from inlay.anatomy.tree import inside
@@ -203,13 +204,14 @@ def _joined(tree: Tree, units: list[Unit]) -> list[Unit]:
     return list(made.values())
 
 
-def mixes_tokens(call: ModuleCall, batch: int) -> bool | None:
+def mixes_tokens(call: ModuleCall, batch: int, features: Axis) -> bool | None:
     """Whether a module's result at one token depends on another token; None where it cannot be tried.
 
     The module runs twice more, the second time with another first token.
     """
     x = call.x
     axis = 0 if x.ndim < 3 or (x.shape[1] == batch and x.shape[0] != batch) else 1
+    axis = 2 if features == 1 and x.ndim > 2 else axis
     if x.is_meta or not x.is_floating_point() or x.shape[axis] < 2:
         return None
     changed = x.detach().clone()

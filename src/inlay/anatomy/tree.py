@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from inlay.anatomy.base import Kind, Leaf
+from inlay.anatomy.base import Axis, Kind, Leaf
 from inlay.errors import QuantizationError
 
 PIECES = "inlay"
@@ -49,11 +50,13 @@ def leaf_kind(module: nn.Module) -> Kind | None:
         return "embedding"
     if any(next(child.parameters(), None) is not None for child in children_of(module)):
         return None
+    if isinstance(module, ParametrizationList):
+        return None
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "conv"
     if set(own) <= {"weight", "bias"} and is_linear(module):
         return "linear"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
     if not own:
         return None
     if all(p.ndim <= 1 for p in own.values()):
@@ -62,17 +65,27 @@ def leaf_kind(module: nn.Module) -> Kind | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps features to features by a weight that can be read: Linear, Conv1D, quantised forms."""
-    from inlay.quant.bridge import logical_shape
+    """Whether a module maps features to features by a weight that can be read.
+
+    Linear, Conv1D, quantised forms of them, and convolutions of one position.
+    """
+    from inlay.quant.bridge import is_pointwise, logical_shape
 
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or (weight.ndim != 2 and not isinstance(module, nn.Linear)):
+    flat = isinstance(weight, Tensor) and (weight.ndim == 2 or isinstance(module, nn.Linear))
+    if not flat and not is_pointwise(module):
         return False
     try:
         logical_shape(module)
     except QuantizationError:
         return False
     return True
+
+
+def feature_axis(module: nn.Module) -> Axis:
+    """Where a leaf has its features: second in convolutions and their norms, last in all others."""
+    second = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    return 1 if isinstance(module, second) else -1
 
 
 def static_leaves(model: nn.Module) -> dict[str, Leaf]:
@@ -102,7 +115,7 @@ def _static_leaf(path: str, module: nn.Module, kind: Kind) -> Leaf:
     named = "expert" in f"{path} {type(module).__name__}".lower()
     experts = max((p.shape[0] for p in parameters if p.ndim == 3), default=0) if kind == "module" and named else 0
     bias = isinstance(getattr(module, "bias", None), Tensor)
-    return Leaf(path, kind, int(inn), int(out), bias, axis=1 if kind == "conv" else -1, experts=experts)
+    return Leaf(path, kind, int(inn), int(out), bias, axis=feature_axis(module), experts=experts)
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inlay.anatomy.base import Site
 from inlay.anatomy.probe import modules_of
 from inlay.errors import FormatError
-from inlay.formats.peft_folder import Writing
+from inlay.formats.peft_folder import Writing, no_format
 from inlay.merge import original
 from inlay.methods.adalora import AdaLoRA, AdaLoRADelta
 from inlay.methods.base import Method, Piece
@@ -61,11 +61,7 @@ def write_modules(adapter: Adapter) -> Writing:
     elif kinds == {ScaleDelta} and not biases:
         writing = _ia3(main, modules)
     else:
-        names = sorted({type(p).__name__ for _, p in [*main, *biases]})
-        raise FormatError(
-            f"PEFT's format holds one method at a time, and this adapter mixes {', '.join(names)}. Save it with "
-            'format="native".'
-        )
+        raise no_format(adapter)
     targets = {site.leave for site, _ in main}
     writing.settings["target_modules"] = _names(targets, modules)
     _add_copies(writing, copies, modules, targets)
@@ -73,11 +69,15 @@ def write_modules(adapter: Adapter) -> Writing:
     return writing
 
 
-def _by_module(placed: Sequence[Placed]) -> dict[str, list[Placed]]:
+def _by_module(placed: Sequence[Placed], modules: dict[str, nn.Module]) -> dict[str, list[Placed]]:
     groups: dict[str, list[Placed]] = {}
     for site, piece in placed:
         if site.enter != site.leave or site.tap == "through":
             raise FormatError(f"PEFT has no place for {site.name!r}, which spans from {site.enter} to {site.leave}.")
+        if isinstance(modules[site.leave], nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise FormatError(
+                f"{site.leave} is a convolution, whose tensors PEFT keeps in other shapes."
+            )
         groups.setdefault(site.leave, []).append((site, piece))
     return groups
 
@@ -87,7 +87,7 @@ def _lora(method: Method, main: list[Placed], modules: dict[str, nn.Module], dor
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, group in _by_module(main).items():
+    for path, group in _by_module(main, modules).items():
         if dora:
             _refuse_overlap(path, group, modules[path])
         A, B, scale = _joined(modules[path], group)
@@ -146,7 +146,7 @@ def _adalora(method: Method, main: list[Placed], modules: dict[str, nn.Module]) 
     own = found[0]
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
-    for path, group in _by_module(main).items():
+    for path, group in _by_module(main, modules).items():
         (site, piece), *more = group
         if more or site.columns is not None:
             raise FormatError(f"{path} is fused and only parts of it carry AdaLoRA, which PEFT cannot hold.")
@@ -176,7 +176,7 @@ def _adalora(method: Method, main: list[Placed], modules: dict[str, nn.Module]) 
 def _ia3(main: list[Placed], modules: dict[str, nn.Module]) -> Writing:
     tensors: dict[str, Tensor] = {}
     entering: set[str] = set()
-    for path, group in _by_module(main).items():
+    for path, group in _by_module(main, modules).items():
         taps = {site.tap for site, _ in group}
         if len(taps) > 1:
             raise FormatError(f"IA3 rescales both what enters and what leaves {path}; PEFT holds one of the two.")

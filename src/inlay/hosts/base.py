@@ -24,6 +24,10 @@ from inlay.route import Group
 class Pieces(nn.Module):
     """A bag of modules by name. Unlike `nn.ModuleDict` it takes any name without a dot ("train", "keys", ...)."""
 
+    def forward(self, x: Any) -> Any:
+        """x: a hosted `nn.Sequential` calls its children in turn, and this is one of them."""
+        return x
+
     def put(self, name: str, module: nn.Module) -> None:
         """Adds or replaces one."""
         self._modules[name] = module

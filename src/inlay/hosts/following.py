@@ -80,6 +80,7 @@ class Following(TorchFunctionMode):
         self._known: dict[int, tuple[Tensor, Scores]] = {}
         self._scaled: dict[int, tuple[Tensor, float | Tensor]] = {}
         self._query: Tensor | None = None
+        self._trains = torch.is_grad_enabled()
 
     def finish(self) -> None:
         """Refuses a forward pass in which the extra keys would have been ignored.
@@ -192,6 +193,8 @@ class Following(TorchFunctionMode):
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if dim not in (-1, own.ndim - 1) or scores.soft or own is not (args[0] if args else kwargs.get("input")):
             raise self._refusal("softmax over another axis than the keys")
+        if self._trains and not torch.is_grad_enabled():
+            raise self._refusal("an autograd function of its own, which would give them no gradient")
         if not scores.extra.shape[-1]:
             result: Tensor = func(*args, **kwargs)
             extra = scores.extra.to(result.dtype)
@@ -221,7 +224,8 @@ class Following(TorchFunctionMode):
         if not scores.soft or self._query is None or product.left_axes[-1] != "i" or product.factor != 1:
             raise self._refusal(name)
         if product.right.shape[product.right_axes.index("c")] != self.heads.value_size:
-            raise self._refusal(f"{name} with values of another size")
+            # Values of another stream (LiLT's layout): the extra keys have none there, that is, zeros.
+            return result
         batch = self.extras.batch
         self.extras.see_values(standard(product.right, product.right_axes, batch))
         shares = standard(scores.extra, product.left_axes, batch)

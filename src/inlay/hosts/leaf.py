@@ -39,7 +39,17 @@ class Act:
         if self.axis == -1:
             return self._added(x, y, frozen)
         frozen = None if frozen is None else frozen.movedim(self.axis, -1)
-        return self._added(x.movedim(self.axis, -1), y.movedim(self.axis, -1), frozen).movedim(-1, self.axis)
+        out = self._added(x.movedim(self.axis, -1), y.movedim(self.axis, -1), frozen).movedim(-1, self.axis)
+        # What comes after may round otherwise on another layout, even if that differs in axes of one entry alone.
+        other = y.is_contiguous() and out.stride() != y.stride()
+        return out.clone(memory_format=torch.contiguous_format) if other else out
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Δ alone, of the shape of x, for a module that runs again on x + Δ."""
+        if self.axis == -1:
+            return self.delta(x, y)  # type: ignore[no-any-return]
+        moved: Tensor = self.delta(x.movedim(self.axis, -1), y.movedim(self.axis, -1))
+        return moved.movedim(-1, self.axis)
 
     def _added(self, x: Tensor, y: Tensor, frozen: Tensor | None) -> Tensor:
         x = _beside(x, y)
@@ -272,7 +282,7 @@ def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dic
     if acts.through:
         moved = x
         for act in acts.through:
-            moved = moved + act.delta(_source(act, x), y)
+            moved = moved + act.change(_source(act, x), y)
         y, more = _split(call(moved))
     frozen = y
     for act in acts.leaving:
@@ -322,7 +332,7 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
         if group.through:
             moved = xs[i]
             for act in group.through:
-                moved = moved + act.delta(source(act, group.rows, xs[i]), parts[i])
+                moved = moved + act.change(source(act, group.rows, xs[i]), parts[i])
             parts[i] = call(moved)
         frozen = parts[i]
         for act in group.leaving:

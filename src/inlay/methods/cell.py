@@ -99,9 +99,13 @@ class Inlay(Method):
             scale = 1.0 if isinstance(self.composition, str) else self.composition
             rank = self.size or 8
             return LoRA(rank=rank, alpha=scale * rank, dropout=self.dropout, sites=sites, layers=self.layers)
+        return self._beside("x" if self.insertion == "parallel" else "y")
+
+    def _beside(self, reads: Literal["x", "y"]) -> Bottleneck:
+        """The function as a path of its own beside or behind a span."""
         return Bottleneck(
-            size=self.size or (None if self.reduction else 8), reduction=self.reduction, sites=sites,
-            reads="x" if self.insertion == "parallel" else "y",
+            size=self.size or (None if self.reduction else 8), reduction=self.reduction,
+            sites="ffn" if self.sites is None else self.sites, reads=reads,
             scale=1.0 if self.composition in ("add", "gated") else self.composition, dropout=self.dropout,
             activation="identity" if self.form == "low_rank" else self.activation,
             init="lora" if self.form == "low_rank" else self.init, layers=self.layers,
@@ -118,13 +122,22 @@ class Inlay(Method):
         return self.form == "low_rank" and self.insertion == "parallel" and single and fixed
 
     def select(self, anatomy: Anatomy) -> list[Site]:
-        return self._cell.select(anatomy)
+        cell = self._cell
+        if isinstance(cell, LoRA):
+            sites = anatomy.select(cell.sites, cell.layers, kinds=("linear", "embedding"))
+            if any(s.kind == "module" for s in sites) and all(s.kind in ("module", "linear") for s in sites):
+                return sites
+        return cell.select(anatomy)
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         return self._cell.shared(sites)
 
     def build(self, site: Site, frozen: Frozen, shared: nn.Module | None) -> Piece:
-        piece = self._cell.build(site, frozen, shared)
+        cell = self._cell
+        if isinstance(cell, LoRA) and site.kind not in ("linear", "embedding"):
+            # Experts in one tensor: the same function beside them, which no weight can take in.
+            cell = self._beside("x")
+        piece = cell.build(site, frozen, shared)
         if self.composition != "gated":
             return piece
         if isinstance(piece, ExtraKV):

@@ -32,10 +32,22 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
     weight = getattr(module, "weight", None)
     if _is_conv1d(module) and isinstance(weight, Tensor):
         return weight.shape[1], weight.shape[0]
+    if is_pointwise(module):
+        return int(module.out_channels), int(module.in_channels)  # type: ignore[arg-type]
     raise QuantizationError(
         f"a {type(module).__name__} is no linear map from features to features; "
-        "Linear, Conv1D, Embedding and their quantised forms are"
+        "Linear, Conv1D, Embedding, their quantised forms and convolutions of one position are"
     )
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution sees one position at a time, so that it is a projection of the features at axis 1."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    forward = getattr(type(module), "base", type(module)).forward
+    plain = forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    unpadded = module.padding in ("same", "valid", (0,) * len(module.stride))
+    return plain and unpadded and {*module.kernel_size, *module.stride} == {1}
 
 
 def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,6 +89,11 @@ def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         )
     if isinstance(module, nn.Embedding) or _is_conv1d(module):
         dense = dense.t()
+    elif is_pointwise(module):
+        # Each group of features has a block of its own on the diagonal.
+        groups = int(module.groups)  # type: ignore[arg-type]
+        blocks = dense.flatten(1)
+        dense = blocks if groups == 1 else torch.block_diag(*blocks.chunk(groups))
     if tuple(dense.shape) != logical_shape(module):
         raise QuantizationError(
             f"the weight of this {type(module).__name__} has shape {tuple(dense.shape)} instead of "
