@@ -233,18 +233,18 @@ def test_saving_while_merged_writes_the_same_folder(tmp_path):
 @pytest.mark.parametrize(
     ("family", "method", "named"),
     [
-        ("llama", inlay.Bottleneck(size=4), "BottleneckDelta"),
-        ("llama", inlay.LoRA(rank=2) + inlay.Bottleneck(size=4), "mixes BottleneckDelta, LoRADelta"),
-        ("llama", inlay.LoRA(rank=2) + inlay.IA3(), "mixes LoRADelta, ScaleDelta"),
+        ("llama", inlay.Bottleneck(size=4), "this adapter is Bottleneck[.]"),
+        ("llama", inlay.LoRA(rank=2) + inlay.Bottleneck(size=4), "is LoRA[+]Bottleneck[.]"),
+        ("llama", inlay.LoRA(rank=2) + inlay.IA3(), "is LoRA[+]IA3[.]"),
         (
             "llama",
             inlay.LoRA(rank=2, sites="attn.q") + inlay.DoRA(rank=2, sites="attn.v"),
-            "mixes DoRADelta, LoRADelta",
+            "is LoRA[+]DoRA[.]",
         ),
         ("llama", inlay.LoRA(rank=2, sites="attn.q") + inlay.Full(sites="attn.q"), "adapted as well"),
         ("llama", inlay.Full(sites="norm"), "by itself"),
         ("bert", inlay.BitFit(), "by itself"),
-        ("bert", inlay.IA3() + inlay.BitFit(), "mixes BiasDelta, ScaleDelta"),
+        ("bert", inlay.IA3() + inlay.BitFit(), "is IA3[+]BitFit[.]"),
         ("llama", inlay.LoRA(rank=2) + inlay.BitFit(sites="attn.q", add_missing=True), "no place for a new one"),
         ("llama", inlay.IA3(sites="attn.q") + inlay.IA3(sites="attn.q:input"), "one of the two"),
         ("gpt2", inlay.AdaLoRA(sites="attn.q"), "fused"),

@@ -156,11 +156,11 @@ def test_ours_in_peft(family, task, method, tmp_path):
         ("bart", "seq2seq", inlay.Prefix(length=3, sites="decoder:heads", shifts_positions=True), "these differ"),
         ("t5", "seq2seq", inlay.Prefix(length=3, sites="decoder:heads"), "relative biases"),
         ("mistral", "causal", inlay.Prefix(length=3), "sliding windows"),
-        ("llama", "causal", inlay.Prefix(length=3) + inlay.LoRA(rank=2), "mixes LoRADelta, PrefixKV"),
-        ("llama", "causal", inlay.Prompt(length=3) + inlay.LoRA(rank=2), "mixes LoRADelta, PromptTokens"),
+        ("llama", "causal", inlay.Prefix(length=3) + inlay.LoRA(rank=2), "is Prefix[+]LoRA[.]"),
+        ("llama", "causal", inlay.Prompt(length=3) + inlay.LoRA(rank=2), "is Prompt[+]LoRA[.]"),
         ("bert", "cls", inlay.Prompt(length=3), "before everything"),
         ("llama", "causal", inlay.PTuning(template="{prompt:2} {text} {prompt:2}"), "before everything"),
-        ("roberta", "cls", inlay.MAM(), "mixes"),
+        ("roberta", "cls", inlay.MAM(), "is MAM[.]"),
     ],
 )
 def test_what_peft_has_no_place_for_is_refused_by_name(family, task, method, named, tmp_path):

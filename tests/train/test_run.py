@@ -16,6 +16,7 @@ from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.train import checkpoint
 from inlay.train.loop import Loop
 from inlay.train.run import Result, train
+from inlay.train.runfolder import read_config
 from inlay.train.trained import open_trained
 from train.worlds import COLOURS, data_file, model_folder
 
@@ -93,6 +94,28 @@ def test_the_task_is_learnt_and_new_rows_are_predicted(world, tmp_path):
     assert all(sum(row["top"].values()) == pytest.approx(1.0, abs=1e-3) for row in said)
     with pytest.raises(ConfigError, match="use: inlay predict"):
         trained.generate(["a"], None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "mam"])
+def test_untouched_is_the_base_and_not_a_fresh_adapter(world, tmp_path, method):
+    result = run(world, "llama", "prompted", tmp_path / "run", method=method, generation_metrics=False)
+    trained = open_trained(tmp_path / "run")
+    (base,) = trained.evaluate_base().values()
+    assert result.results["untouched"]["loss"] == pytest.approx(base["loss"], abs=1e-6)
+    assert list(result.results) == ["untouched", {"prompt": "Prompt", "prefix": "Prefix", "mam": "MAM"}[method]]
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["step"], first["loss"]) == (0, result.results["untouched"]["loss"])
+
+
+def test_a_new_head_has_a_rate_of_its_own_that_the_run_writes_down(world, tmp_path):
+    run(world, "llama", "labelled", tmp_path / "run", learning_rate=1e-3)
+    rate = read_config(tmp_path / "run").head_learning_rate
+    assert rate is not None
+    assert rate > 2e-3
+    run(world, "llama", "labelled", tmp_path / "said", learning_rate=1e-3, head_learning_rate=0.5)
+    assert read_config(tmp_path / "said").head_learning_rate == 0.5
+    run(world, "bert", "labelled", tmp_path / "known", learning_rate=1e-3)  # its checkpoint has a head
+    assert read_config(tmp_path / "known").head_learning_rate is None
 
 
 def test_head_only_is_trained_beside_it_and_leaves_no_trace(world, tmp_path):

@@ -140,6 +140,14 @@ def check_settings(
         )
 
 
+def no_format(adapter: Adapter) -> FormatError:
+    """The error for an adapter that is none of PEFT's, or several of them at once."""
+    return FormatError(
+        "PEFT's format holds LoRA, DoRA, AdaLoRA, IA3, prompt tuning, P-tuning or prefix tuning, one of them at a "
+        f'time, and this adapter is {adapter.method.title}. Save it with format="native".'
+    )
+
+
 def refuse(folder: Folder, problems: Sequence[str]) -> None:
     """One error for everything that does not fit.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy, Site
 from inlay.errors import FormatError, InlayError
-from inlay.formats.peft_folder import Folder, Reading, Writing, check_settings, refuse
+from inlay.formats.peft_folder import Folder, Reading, Writing, check_settings, no_format, refuse
 from inlay.formats.peft_modules import base_modules, fill_heads, sort_tensors
 from inlay.formats.peft_prompts import PREFIX, TENSOR, add_heads, without
 from inlay.methods.full import Copy
@@ -81,12 +81,8 @@ def write_prefix(adapter: Adapter) -> Writing:
 
     placed = [(s, p) for s, p in zip(adapter.sites, adapter.pieces.values(), strict=True) if not isinstance(p, Copy)]
     prefixes = {site.leave: p for site, p in placed if isinstance(p, PrefixKV)}
-    others = sorted({type(p).__name__ for _, p in placed if not isinstance(p, PrefixKV | ShiftedPositions)})
-    if others:
-        raise FormatError(
-            f"PEFT's format holds one method at a time, and this adapter mixes {', '.join([*others, 'PrefixKV'])}. "
-            'Save it with format="native".'
-        )
+    if not all(isinstance(p, PrefixKV | ShiftedPositions) for _, p in placed):
+        raise no_format(adapter)
     found = anatomy(adapter.model)
     sites = self_attentions(found)
     wrong = sorted(prefixes.keys() ^ {site.leave for site in sites})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy
 from inlay.errors import FormatError
-from inlay.formats.peft_folder import Folder, Reading, Writing, check_settings, refuse
+from inlay.formats.peft_folder import Folder, Reading, Writing, check_settings, no_format, refuse
 from inlay.formats.peft_modules import base_modules, fill_heads, sort_tensors
 from inlay.methods.full import Copy
 from inlay.methods.p_tuning import PTuning, PTuningTokens
@@ -76,11 +76,7 @@ def write_prompt(adapter: Adapter) -> Writing:
     """
     pieces = [p for p in adapter.pieces.values() if not isinstance(p, Borrowed | Copy)]
     if len(pieces) != 1 or not isinstance(pieces[0], PromptTokens | PTuningTokens):
-        names = sorted({type(p).__name__ for p in pieces})
-        raise FormatError(
-            f"PEFT's format holds one method at a time, and this adapter mixes {', '.join(names)}. Save it with "
-            'format="native".'
-        )
+        raise no_format(adapter)
     piece = pieces[0]
     places = piece.places or ()
     if tuple(places) != ((0, piece.length),):

@@ -317,6 +317,11 @@ class Method(BaseModel, abc.ABC):
         """The methods that this one is made of; itself unless it is a mix."""
         return (self,)
 
+    @property
+    def title(self) -> str:
+        """What it is called in tables and messages: the name that the user wrote, `MAM`, or `LoRA+Prefix` for a mix."""
+        return type(self).__name__
+
     def select(self, anatomy: Anatomy) -> list[Site]:
         """The sites this method goes to in a model."""
         raise NotImplementedError(f"{type(self).__name__} selects no sites")
@@ -337,7 +342,8 @@ class Method(BaseModel, abc.ABC):
     def __add__(self, other: Method) -> Mix:
         if not isinstance(other, Method):
             return NotImplemented
-        return Mix(methods=(*self.parts, *other.parts))
+        sides = (side.methods if isinstance(side, Mix) else (side,) for side in (self, other))
+        return Mix(methods=tuple(method for side in sides for method in side))
 
     @classmethod
     def spec_name(cls) -> str:
@@ -357,6 +363,10 @@ class Mix(Method):
     @property
     def parts(self) -> tuple[Method, ...]:
         return tuple(part for method in self.methods for part in method.parts)
+
+    @property
+    def title(self) -> str:
+        return "+".join(method.title for method in self.methods)
 
     def spec(self) -> dict[str, Any]:
         return {"method": "mix", "methods": [m.spec() for m in self.methods]}

@@ -159,11 +159,6 @@ def cell(metrics: Mapping[str, float], name: str, results: Mapping[str, Mapping[
     return f"[bold]{text}[/]" if metrics[name] == best and len(values) > 1 else text
 
 
-def title_of(method: Any) -> str:
-    """What a method is called in tables: `LoRA`, or `LoRA+Prefix` for a mix."""
-    return "+".join(type(part).__name__ for part in method.parts)
-
-
 def escape(text: str) -> str:
     """Text in which rich sees no markup."""
     from rich.markup import escape as rich_escape

@@ -28,11 +28,12 @@ from inlay.train.evaluate import Evaluator
 from inlay.train.generate import Decoding
 from inlay.train.loop import Loop
 from inlay.train.metrics import MAIN
-from inlay.train.narrate import INDENT, Narrator, escape, title_of
+from inlay.train.narrate import INDENT, Narrator, escape
 from inlay.train.progress import Display
 from inlay.train.samples import Samples, generation_metrics
 from inlay.train.session import Session, attach_method, identity, open_session
 from inlay.train.signals import StopRequest
+from inlay.train.wording import without_virtual_tokens
 
 ADAPTER = "default"
 
@@ -158,7 +159,7 @@ class Run:
             train=session.train_batches,
             origin=encoded.origin,
             tokens=lambda index: int(encoded.lengths[index]),
-            evaluate=self.evaluator if session.prepared.evals else None,
+            evaluate=self.evaluate if session.prepared.evals else None,
             accelerator=session.accelerator,
             display=Display(self.narrator.console, 0, quiet=self.narrator.quiet),
             stop=self.stop,
@@ -170,6 +171,21 @@ class Run:
             if hasattr(piece, "begin"):  # a method with a schedule of its own
                 piece.begin(loop.total_steps)
         return loop
+
+    def evaluate(self, step: int) -> dict[str, dict[str, float]]:
+        """Metrics of every held-out set; before the first step those of the base alone, where it has an answer.
+
+        It has none with a task head that is new, nor for rows that hold virtual tokens; there it is the fresh adapter
+        that is measured.
+        """
+        import inlay
+
+        wording = self.session.wording
+        reads = wording is None or wording == without_virtual_tokens(wording)
+        if step > 0 or self.session.new_modules or not reads:
+            return self.evaluator(step)
+        with inlay.use(self.session.model, None):
+            return self.evaluator(step)
 
     def begin(self, loop: Loop, start: Path | None, *, resume: bool) -> None:
         """Write the run folder, or take up its newest complete checkpoint."""
@@ -245,7 +261,7 @@ class Run:
     def finish(self, loop: Loop, state: RunState) -> Result:
         """Keep the best adapter, measure what is left to measure, and write the report."""
         result = Result(self.run, state, trained_parameters=self.adapter.trained_parameters)
-        title = title_of(self.adapter.method)
+        title = self.adapter.method.title
         use_best = self.config.load_best_model_at_end and state.best_step is not None
         if self.main:
             self._keep_adapter(use_best=use_best)

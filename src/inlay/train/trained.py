@@ -22,7 +22,6 @@ from inlay.train.defaults import kind_of
 from inlay.train.evaluate import Evaluator, Run, decode
 from inlay.train.generate import Decoding, generate
 from inlay.train.loss import forward
-from inlay.train.narrate import title_of
 from inlay.train.precision import autocast
 from inlay.train.session import batches_of, data_spec, open_accelerator, seed_everything
 from inlay.train.wording import without_virtual_tokens, wording_of
@@ -66,7 +65,7 @@ class Trained:
     @property
     def title(self) -> str:
         """The method's name, as in tables."""
-        return title_of(self.adapter.method)
+        return str(self.adapter.method.title)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes, as in training."""

@@ -125,10 +125,9 @@ def fitted(method: Method, config: RunConfig, wording: Wording | None, tokenizer
         raise ConfigError("init_classes: only the method prompt starts from the names of the classes")
     if wording is not None and Template(wording.template, bare=True).length and PTuning not in kinds:
         raise ConfigError(f"template: its virtual tokens are trained by the method ptuning, not by {method!r}")
-    parts = tuple(_part(part, config, wording, tokenizer, labels) for part in method.parts)
-    if parts == method.parts:
-        return method
-    return parts[0] if len(parts) == 1 else Mix(methods=parts)
+    if isinstance(method, Mix):
+        return Mix(methods=tuple(_part(part, config, wording, tokenizer, labels) for part in method.methods))
+    return _part(method, config, wording, tokenizer, labels)
 
 
 def _part(part: Method, config: RunConfig, wording: Wording | None, tokenizer: Any, labels: Sequence[str]) -> Method:
