@@ -1,4 +1,4 @@
-"""LoRA and DoRA as one step of autograd against the plain form, in value, gradient and in what is kept."""
+"""LoRA, DoRA and AdaLoRA as one step of autograd against the plain form, in value, gradient and in what is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from inlay.quant import NF4, quantize
 from methods.oracle import randomise
 from tiny import batch, tiny
 
-METHODS = {"lora": inlay.LoRA, "dora": inlay.DoRA}
+
+def adalora(rank, alpha, **settings):
+    return inlay.AdaLoRA(init_rank=rank, target_rank=rank, alpha=alpha, total_steps=1000, **settings)
+
+
+METHODS = {"lora": inlay.LoRA, "dora": inlay.DoRA, "adalora": adalora}
 
 
 def leaf(kind, inn=24, out=20, dtype=torch.float32, bias=True):
@@ -213,9 +218,11 @@ def test_what_the_step_cannot_do_takes_the_plain_form(change):
 def test_values_kept_without_gradients_follow_every_change(method):
     model = attached(method, "linear", dtype=torch.bfloat16).eval()
     (piece,) = (p for p in model.modules() if type(p).__name__.endswith("RADelta"))
+    A, B = ("Lambda", "P") if method == "adalora" else ("A", "B")
     x = torch.randn(2, 24, dtype=torch.bfloat16)
     changes = [
-        lambda: piece.B.mul_(2), lambda: setattr(piece.A, "data", piece.A.data * 2), lambda: model[0].bias.add_(1),
+        lambda: getattr(piece, B).mul_(2), lambda: setattr(getattr(piece, A), "data", getattr(piece, A).data * 2),
+        lambda: model[0].bias.add_(1),
         lambda: model[0].weight.mul_(2),
     ]  # fmt: skip
     with torch.no_grad():

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay.kernels import compiled, dropout
 from inlay.kernels.frozen import Saved, Storage, storage_of
-from inlay.kernels.lora import Term, add_product, cast_once, dtype_of, factor_grads, lower, usable, without_autocast
+from inlay.kernels.lora import Term, add_low_rank, cast_once, dtype_of, factor_grads, usable, without_autocast
 from inlay.memo import versions
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ class _DoRALinear(torch.autograd.Function):
         with without_autocast(x.device.type):
             x_MI = shared.reshape(-1, shared.shape[-1])
             z_MO = storage.forward(x_MI, saved, layout, bias_O)
-            s_MR = lower(x_MI, A_RI, term.mask)
-            add_product(z_MO, s_MR, B_OR.to(x_MI.dtype).t(), term.scale, None)
+            s_MR = add_low_rank(x_MI, A_RI, B_OR, term, z_MO)
             y_MO = _rescale(z_MO, m_O / norm_O - 1, bias_O)
         ctx.save_for_backward(shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved)
         ctx.storage, ctx.layout, ctx.term, ctx.dtype = storage, layout, term, x.dtype

@@ -28,7 +28,7 @@ class Storage(Protocol):
         """The tensors and the layout of a leaf; None where they are not what a plain product takes."""
 
     def forward(self, x_MI: Tensor, saved: Saved, layout: Any, bias_O: Tensor | None) -> Tensor:
-        """y = x Wᵀ + b, a fresh tensor."""
+        """y = x Wᵀ + b, a fresh tensor with the leading dimensions of x, whatever their number."""
 
     def input_grad(self, dy_MO: Tensor, saved: Saved, layout: Any) -> Tensor:
         """dx = dy W, a fresh tensor."""
@@ -40,7 +40,7 @@ class Dense:
     packed: ClassVar[bool] = False
 
     def read(self, module: Any) -> tuple[Saved, Any] | None:
-        weight = module.weight
+        weight = weight_of(module)
         return ((weight,), None) if _plain(weight) else None
 
     def forward(self, x_MI: Tensor, saved: Saved, layout: Any, bias_O: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ class Transposed:
     packed: ClassVar[bool] = False
 
     def read(self, module: Any) -> tuple[Saved, Any] | None:
-        weight = module.weight
+        weight = weight_of(module)
         return ((weight,), None) if _plain(weight) else None
 
     def forward(self, x_MI: Tensor, saved: Saved, layout: Any, bias_O: Tensor | None) -> Tensor:
@@ -100,6 +100,18 @@ def storage_of(base: type[nn.Module]) -> Storage | None:
     if base.__module__ == "inlay.quant.linear" and base.__name__ == "Linear4":
         return Packed()
     return None
+
+
+def weight_of(module: Any) -> Any:
+    """`module.weight`, past `Module.__getattr__`, which takes as long as a small product."""
+    found = module._parameters.get("weight")
+    return module.weight if found is None else found
+
+
+def bias_of(module: Any) -> Any:
+    """`module.bias`, likewise."""
+    found = module._parameters.get("bias", module)
+    return module.bias if found is module else found
 
 
 def _plain(weight: Any) -> bool:

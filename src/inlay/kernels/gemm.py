@@ -28,12 +28,12 @@ SMALL = 32
 """Rows below which a product waits for the weight and not for arithmetic: a size class of its own."""
 
 
-def linear(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """y_MO = x Wᵀ + b; not differentiable."""
-    if _through_onednn(x_MI, weight_OI):
-        y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI.contiguous(), weight_OI, bias_O, "none", [], "")
-        return y_MO
-    return F.linear(x_MI, weight_OI, bias_O)
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + b of shape (..., O) for x of shape (..., I); not differentiable."""
+    if _through_onednn(x, weight_OI):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight_OI, bias_O, "none", [], "")
+        return y
+    return F.linear(x, weight_OI, bias_O)
 
 
 def input_grad(dy_MO: Tensor, weight_OI: Tensor) -> Tensor:
@@ -41,17 +41,13 @@ def input_grad(dy_MO: Tensor, weight_OI: Tensor) -> Tensor:
     if _through_onednn(dy_MO, weight_OI):
         dx_MI: Tensor = torch.ops.mkldnn._linear_pointwise(dy_MO.contiguous(), weight_OI.t(), None, "none", [], "")
         return dx_MI
-    return dy_MO @ weight_OI
+    return dy_MO.mm(weight_OI)
 
 
-def _through_onednn(x_MI: Tensor, weight: Tensor) -> bool:
-    return (
-        x_MI.dtype == torch.float32
-        and x_MI.device.type == "cpu"
-        and x_MI.numel() > 0
-        and weight.numel() > 0
-        and onednn_is_faster(x_MI.shape[0] < SMALL)
-    )
+def _through_onednn(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype is not torch.float32 or not x.is_cpu or x.dim() < 2 or not x.numel() or not weight.numel():
+        return False
+    return onednn_is_faster(x.numel() < SMALL * x.shape[-1])
 
 
 @cache

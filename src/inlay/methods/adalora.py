@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from inlay.anatomy.base import Anatomy, Site
+from inlay.anatomy.base import Anatomy, Columns, Site
 from inlay.errors import MethodError
-from inlay.methods.base import Delta, Frozen, Method, Piece
+from inlay.methods.base import Delta, Frozen, Fused, Method, Piece
 from inlay.methods.budget import Budget
+from inlay.route import Rows
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -50,6 +51,27 @@ class AdaLoRADelta(Delta):
             x = F.dropout(x, self.dropout)
         low_R = F.linear(x, self.Q.to(x.dtype)) * self.Lambda.to(x.dtype)
         return self.scale * F.linear(low_R, self.P.to(y.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """LoRA's A = Λ Q and B = P."""
+        return self.Lambda[:, None] * self.Q, self.P
+
+    def masters(self) -> tuple[Tensor, ...]:
+        """What the factors are made of."""
+        return self.P, self.Lambda, self.Q
+
+    @classmethod
+    def fused(
+        cls,
+        deltas: Sequence[Delta],
+        columns: Sequence[Columns | None],
+        base: type[nn.Module],
+        rows: Sequence[Rows] | None = None,
+    ) -> Fused | None:
+        from inlay.kernels.lora import LoRALinear
+
+        mine = [d for d in deltas if isinstance(d, AdaLoRADelta)]
+        return LoRALinear.make(mine, columns, base, rows) if len(mine) == len(deltas) else None
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.P * self.Lambda) @ self.Q

@@ -54,6 +54,12 @@ class LoRADelta(Delta):
         )
         return flat.view(y.shape)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.A, self.B
+
+    masters = factors
+
     @classmethod
     def together(cls, deltas: Sequence[Delta], index: Sequence[int]) -> Rowwise | None:
         from inlay.kernels.lora_rows import LoRARows
