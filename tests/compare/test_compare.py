@@ -16,9 +16,11 @@ from rich.console import Console
 
 from inlay import cli
 from inlay.compare import Comparison, Plan, compare, costs
+from inlay.compare import together as alone_and_together
 from inlay.compare.cell import differences
 from inlay.compare.plan import template_of, variants_of
 from inlay.errors import ConfigError
+from inlay.sweep import together
 from inlay.train import report
 from inlay.train.checkpoint import Interrupted
 from inlay.train.defaults import TABLE
@@ -41,6 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(alone_and_together, "STEPS", 2)
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     monkeypatch.setattr(costs, "ROUNDS", (1, 1))
     monkeypatch.setattr(costs, "NEW_TOKENS", 2)
@@ -236,3 +239,53 @@ def test_the_command_line(world, tmp_path, monkeypatch, capsys):
     code, out, err = run("--model", str(world / "bert"), *common, "learning_rat=1")
     assert code == 2
     assert "did you mean 'learning_rate'" in err
+
+
+SHARING = "lora,bitfit,prefix:length=3,headonly,full"
+
+
+def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch):
+    shared: list[int] = []
+    fit = together.fit
+    monkeypatch.setattr(together, "fit", lambda model, members: (shared.append(len(members)), fit(model, members))[1])
+    runs = {
+        side: {
+            r.label: r for r in compare(plan(world, tmp_path / str(side), SHARING, together=side), quiet=True).records
+        }
+        for side in (False, True)
+    }
+    assert shared == [4], "full fine-tuning changes the base, the others share it"
+    for label, alone in runs[False].items():
+        beside = runs[True][label]
+        assert (beside.trained, beside.stored, beside.steps) == (alone.trained, alone.stored, alone.steps)
+        assert beside.quality == pytest.approx(alone.quality, abs=1e-5)
+        assert [loss for _, loss in beside.loss] == pytest.approx([loss for _, loss in alone.loss], abs=1e-5)
+        assert beside.together == (label != "Full")
+        assert beside.peak_bytes is not None
+        assert beside.step_seconds
+
+
+def test_side_by_side_goes_on_where_it_was_interrupted(world, tmp_path, monkeypatch):
+    whole = compare(plan(world, tmp_path / "whole", "lora,bitfit", together=True, inference=False), quiet=True)
+    fit = together.fit
+
+    def once(model, members):
+        monkeypatch.setattr(together, "fit", fit)
+        members[0].loop.stop.signum = signal.SIGTERM
+        fit(model, members)
+
+    monkeypatch.setattr(together, "fit", once)
+    wanted = plan(world, tmp_path / "c", "lora,bitfit", together=True, inference=False)
+    with pytest.raises(Interrupted):
+        compare(wanted, quiet=True)
+    again = compare(wanted, quiet=True)
+    assert {r.label: r.quality for r in again.records} == {r.label: r.quality for r in whole.records}
+
+
+def test_what_cannot_be_used_stops_nobody_beside_it(world, tmp_path):
+    found = compare(
+        plan(world, tmp_path / "c", "lora,bitfit,inlay:sites=nowhere", together=True, inference=False), quiet=True
+    )
+    errors = {r.label: bool(r.error) for r in found.records}
+    assert list(errors.values()).count(True) == 1
+    assert not errors["LoRA"]

@@ -25,6 +25,9 @@ def verb(
     steps: int = typer.Option(None, "--steps", min=1, help="Optimizer steps of each run; else num_train_epochs=3."),
     output_dir: str = typer.Option(None, "--output-dir", "-o", help="The comparison's folder."),
     no_inference: bool = typer.Option(False, "--no-inference", help="Do not measure the time of inference."),
+    side_by_side: bool = typer.Option(
+        False, "--side-by-side/--one-by-one", help="Runs that can share it train in one pass over the base."
+    ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print nothing."),
     json: bool = typer.Option(False, "--json", help="Print the rows as JSON at the end, and nothing else."),
 ) -> None:
@@ -35,6 +38,7 @@ def verb(
     Without --model and --data it compares every method on the demo's task. Any key of `inlay train --keys` may follow
     and holds for all runs; what is not given is each method's own default. The same call again goes on where it ended.
     """
+    from dataclasses import replace
     from pathlib import Path
 
     from rich.console import Console
@@ -55,6 +59,7 @@ def verb(
             template, variants_of(methods), tuple(range(1, 1 + (seeds or 3))), Path(folder),
             sizes=sizes_of(sizes or "all"), inference=not no_inference,
         )  # fmt: skip
+    plan = replace(plan, together=side_by_side)
     show(plan, Console(), quiet=quiet or json, as_json=json)
 
 

@@ -28,6 +28,7 @@ _PLACE = ("output_dir", "resume")
 class Record:
     """Everything that one run came to. Times are in seconds, inference in milliseconds, memory in bytes.
 
+    With `together` the run was one of several in a pass, and time and memory are those of a few steps of it alone.
     `error` holds the reason where the method cannot be used on this model or its training failed; nothing else is
     known then.
     """
@@ -62,6 +63,7 @@ class Record:
     peak_bytes: int | None = None
     inference: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    together: bool = False
 
     @property
     def value(self) -> float:
@@ -72,6 +74,25 @@ class Record:
     def step(self) -> float:
         """Median seconds of an optimizer step."""
         return statistics.median(self.step_seconds) if self.step_seconds else self.seconds / max(self.steps, 1)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a few steps of a variant alone took."""
+
+    trained: int
+    peak_bytes: int | None
+    step_seconds: list[float]
+
+
+def folder_of(plan: Plan, cell: Cell) -> Path:
+    """The run folder of a cell while it is worked on."""
+    return plan.output / "work" / cell.name
+
+
+def path_of_costs(plan: Plan, cell: Cell) -> Path:
+    """Where the costs of the cell's variant lie, if they were measured apart."""
+    return plan.output / "costs" / f"{plan.timed(cell).name}.json"
 
 
 def path_of(plan: Plan, cell: Cell) -> Path:
@@ -93,7 +114,7 @@ def read(plan: Plan, cell: Cell, data: str | list[str]) -> Record | None:
     config = plan.config(cell, data)
     changes = differences(record.config, config)
     if not record.error and config.learning_rate is None:
-        rate = defaults(cell.variant.key, record.task).learning_rate
+        rate = defaults(cell.variant.method, record.task).learning_rate
         if rate != record.learning_rate:
             changes = f"the default learning_rate was {record.learning_rate:g}, is {rate:g}"
     if changes:
@@ -131,11 +152,13 @@ def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
         Interrupted: a signal came; the run's checkpoint is on disk.
         DataError, ConfigError: see `inlay.train.run.train`.
     """
-    folder = plan.output / "work" / cell.name
+    folder = folder_of(plan, cell)
     config = plan.config(cell, data)
     record = Record(cell.variant.label, cell.variant.key, cell.size, cell.seed, comparable(config))
     try:
-        _train_and_measure(record, config, folder, measure_inference=plan.times_inference(cell))
+        apart = path_of_costs(plan, cell)
+        costs = Costs(**read_json(apart)) if plan.together and apart.exists() else None
+        _train_and_measure(record, config, folder, costs, measure_inference=plan.times_inference(cell))
     except (MethodError, SiteError, TrainingError) as error:
         record = Record(cell.variant.label, cell.variant.key, cell.size, cell.seed, comparable(config), str(error))
     except Interrupted as error:
@@ -153,32 +176,39 @@ def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
     return record
 
 
-def _train_and_measure(record: Record, config: RunConfig, folder: Path, *, measure_inference: bool) -> None:
+def _train_and_measure(
+    record: Record, config: RunConfig, folder: Path, costs: Costs | None, *, measure_inference: bool
+) -> None:
     from inlay.describe import base_parameters
     from inlay.train.run import train
     from inlay.train.trained import open_trained
 
-    going_on = (folder / runfolder.MARK).exists()
-    if folder.exists() and not going_on:
-        shutil.rmtree(folder)
-    config = config.model_copy(update={"output_dir": str(folder), "resume": str(folder) if going_on else False})
-    with PeakMemory() as peak:
-        result = train(config, quiet=True)
-    record.peak_bytes = peak.bytes
+    record.together = costs is not None and (folder / "results.json").exists()
+    if not record.together:
+        going_on = (folder / runfolder.MARK).exists()
+        if folder.exists() and not going_on:
+            shutil.rmtree(folder)
+        config = config.model_copy(update={"output_dir": str(folder), "resume": str(folder) if going_on else False})
+        with PeakMemory() as peak:
+            result = train(config, quiet=True)
+        record.trained, record.peak_bytes = result.trained_parameters, peak.bytes
     resolved, facts = runfolder.read_config(folder), read_json(folder / "data.json")
     record.task, record.metric = str(resolved.task), resolved.metric_for_best_model or MAIN[str(resolved.task)]
     record.learning_rate, record.batch = resolved.learning_rate or 0.0, resolved.per_device_train_batch_size or 0
     record.rows, record.held_out = facts["train"], sum(facts["held_out"].values())
-    if not result.state.last:
+    log, results = read_log(folder), read_json(folder / "results.json")
+    if not record.held_out:
         raise ConfigError("compare: nothing is held out to measure quality on; set eval_data or eval_fraction")
-    record.untouched = result.state.untouched
-    record.quality = next(values for name, values in result.results.items() if name not in ("untouched", "head only"))
+    record.untouched = results.get("untouched", {})
+    record.quality = next(values for name, values in results.items() if name not in ("untouched", "head only"))
     if record.metric not in record.quality:
         raise ConfigError(f"metric_for_best_model: {record.metric!r} is not measured; there are {list(record.quality)}")
-    record.trained, record.bytes = result.trained_parameters, result.adapter_bytes
-    state = result.state
-    record.steps, record.tokens, record.seconds = state.step, state.tokens, state.seconds
-    _curves(record, read_log(folder))
+    record.bytes = runfolder.bytes_of(folder / "adapter")
+    last = [line for line in log if line["split"] == "train"][-1]
+    record.steps, record.tokens, record.seconds = last["step"], last["tokens"], last["seconds"]
+    _curves(record, log)
+    if costs is not None:
+        record.trained, record.peak_bytes, record.step_seconds = costs.trained, costs.peak_bytes, costs.step_seconds
     trained = open_trained(folder)
     adapter = trained.adapter
     record.method, record.source = repr(adapter.method), _source(adapter)
@@ -194,15 +224,23 @@ def _train_and_measure(record: Record, config: RunConfig, folder: Path, *, measu
 
 def _curves(record: Record, log: list[dict[str, Any]]) -> None:
     """Loss and quality by step, and the seconds of single steps."""
-    before: Mapping[str, Any] = {"step": 0, "seconds": 0.0}
+    record.step_seconds = steps_of(log)
     held_out = next((line["split"] for line in log if line["split"] != "train"), None)
     for line in log:
         if line["split"] == "train":
             record.loss.append((line["step"], line["loss"]))
-            record.step_seconds.append((line["seconds"] - before["seconds"]) / max(line["step"] - before["step"], 1))
-            before = line
         elif line["split"] == held_out and record.metric in line:
             record.curve.append((line["step"], line[record.metric]))
+
+
+def steps_of(log: list[dict[str, Any]]) -> list[float]:
+    """Seconds of a step, for each line about training."""
+    before: Mapping[str, Any] = {"step": 0, "seconds": 0.0}
+    found = []
+    for line in (line for line in log if line["split"] == "train"):
+        found.append((line["seconds"] - before["seconds"]) / max(line["step"] - before["step"], 1))
+        before = line
+    return found
 
 
 def _source(adapter: Any) -> str:

@@ -49,6 +49,8 @@ def compare(plan: Plan, *, console: Console | None = None, quiet: bool = False) 
         ConfigError: the folder holds another comparison.
         Interrupted: a signal came; what is finished is kept, the run in progress has its checkpoint.
     """
+    from inlay.compare.together import train_together
+
     told = Console(quiet=True) if quiet else console or Console()
     _claim(plan)
     data = fixed_data(plan)
@@ -71,6 +73,8 @@ def compare(plan: Plan, *, console: Console | None = None, quiet: bool = False) 
                 left = f"  ETA {clock(spent / number * (len(open_cells) - number))}" if number else ""
                 bar.update(task, completed=number, description=f"{_name(cell)}{left}")
                 start = time.monotonic()
+                if plan.together and (number == 0 or not cell.alike(open_cells[number - 1])):
+                    train_together(plan, [other for other in open_cells[number:] if other.alike(cell)], data)
                 known[cell.name] = record = cells.run(plan, cell, data)
                 _tell(told, f"{kept + number + 1}/{len(todo)}", cell, record, time.monotonic() - start)
     finally:

@@ -72,6 +72,10 @@ class Cell:
         slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", self.variant.label).strip("-.").lower()
         return f"{slug}_{self.size or 'all'}_{self.seed}"
 
+    def alike(self, other: Cell) -> bool:
+        """Whether both see the same batches, as far as seed and amount of data decide it."""
+        return (self.size, self.seed) == (other.size, other.seed)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,6 +90,7 @@ class Plan:
         note: one sentence for the page on how the settings were chosen.
         inference: also measure the time of inference.
         keep_runs: leave the run folders in `runs/`, to look into what was learnt.
+        together: train runs side by side in one pass over the base where they can be.
     """
 
     template: RunConfig
@@ -96,6 +101,7 @@ class Plan:
     note: str = ""
     inference: bool = True
     keep_runs: bool = False
+    together: bool = False
 
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells()]
@@ -117,10 +123,14 @@ class Plan:
                 for variant in self.variants:
                     yield Cell(variant, size, seed)
 
-    def times_inference(self, cell: Cell) -> bool:
-        """Whether inference is timed after this run: once a variant, as it does not depend on what was learnt."""
+    def timed(self, cell: Cell) -> Cell:
+        """The run of the same variant from which costs are taken that do not depend on what was learnt."""
         whole = None if None in self.sizes else max(filter(None, self.sizes))
-        return self.inference and (cell.size, cell.seed) == (whole, self.seeds[0])
+        return Cell(cell.variant, whole, self.seeds[0])
+
+    def times_inference(self, cell: Cell) -> bool:
+        """Whether inference is timed after this run: once a variant."""
+        return self.inference and cell == self.timed(cell)
 
     def config(self, cell: Cell, data: str | list[str]) -> RunConfig:
         """The configuration of one run, its folder left open.

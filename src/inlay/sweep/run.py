@@ -105,9 +105,9 @@ def sweep(
     narrator.fact("sweep", f"{len(jobs)} runs over {', '.join(key for key, _ in space.axes)} in {escape(str(folder))}")
     if len(waiting) < len(jobs):
         narrator.fact("", f"{len(jobs) - len(waiting)} are finished already")
-    for group in _groups(waiting):
+    for group in alike(waiting):
         while group:
-            done = _some(group, most_together, narrator)
+            done = make_some(group, most_together, narrator)
             group = [job for job in group if job not in done]
     rows, metric, greater = table.rows_of([(dict(job.point.values), job.folder) for job in jobs], jobs[0].config)
     table.write(folder, rows, metric, [key for key, _ in space.axes], greater=greater)
@@ -150,7 +150,7 @@ def _same_sweep(folder: Path, config: RunConfig, space: Space) -> None:
     replace_text(path, json.dumps(shared, indent=1))
 
 
-def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+def alike(jobs: Sequence[Job]) -> list[list[Job]]:
     """Runs that are equal but for what each may have of its own."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
@@ -159,10 +159,10 @@ def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def _some(group: Sequence[Job], most: int, narrator: Narrator) -> list[Job]:
+def make_some(group: Sequence[Job], most: int, narrator: Narrator) -> list[Job]:
     """Make the first run of a group, with as many others as can go along; returns those made."""
     lead = group[0]
-    fitting = [job for job in group if _can_share(job)]
+    fitting = [job for job in group if can_share(job)]
     if most < 2 or lead not in fitting or len(fitting) < 2:
         narrator.fact("run", escape(lead.point.name))
         train(_or_resumed(lead), console=narrator.console, quiet=True)
@@ -176,7 +176,7 @@ def _some(group: Sequence[Job], most: int, narrator: Narrator) -> list[Job]:
     return [job for job, _ in mates]
 
 
-def _can_share(job: Job) -> bool:
+def can_share(job: Job) -> bool:
     """Whether a run may be one of several in a forward pass, as far as its configuration says."""
     config = job.config
     alone = (
