@@ -34,7 +34,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from inlay.config_loading import load, method_name
+from inlay.config_loading import load
 from inlay.train.defaults import TABLE, defaults
 
 HERE = Path(__file__).resolve().parent
@@ -208,9 +208,7 @@ def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
         "eval_steps": steps, "logging_steps": max(1, steps // 20), "save_total_limit": 1,
     }  # fmt: skip
     if faster:
-        keys["learning_rate"] = (
-            float(faster[1:]) * defaults(method_name(setting), task.keys.get("task", "")).learning_rate
-        )
+        keys["learning_rate"] = float(faster[1:]) * defaults(setting, task.keys.get("task", "")).learning_rate
     config = load(flags=keys)
     began, processor = time.monotonic(), time.process_time()
     result = train(config, quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import inlay
 from inlay.config import RunConfig
 from inlay.methods.base import methods
 from inlay.train.defaults import TABLE, defaults, kind_of, resolve_method, resolve_steps
@@ -22,6 +23,22 @@ def test_a_mix_takes_the_most_careful_part():
 def test_texts_are_learnt_with_other_settings_than_classes(task):
     assert kind_of(task) == "generation"
     assert defaults("lora", task) != defaults("lora", "sequence-classification")
+
+
+def test_a_wide_scaled_bottleneck_learns_as_slowly_as_mam():
+    wide = inlay.Bottleneck.scaled_parallel().spec()
+    entry = {"name": wide.pop("method"), **wide}
+    assert defaults(entry, "regression") == TABLE["mam"]["understanding"]
+    assert defaults([entry, "prompt"], "regression") == TABLE["mam"]["understanding"]
+    assert defaults(entry | {"scale": 1.0}, "regression") == TABLE["bottleneck"]["understanding"]
+    resolved = resolve_method(RunConfig(model="m", data="d", method=entry), "bottleneck", "regression")
+    assert resolved.learning_rate == TABLE["mam"]["understanding"].learning_rate
+
+
+def test_a_head_alone_that_was_given_a_rate_has_it():
+    said = RunConfig(model="m", data="d", method="headonly", learning_rate=0.3)
+    assert resolve_method(said, "headonly", "regression").head_learning_rate == 0.3
+    assert resolve_method(said, "lora", "regression").head_learning_rate is None
 
 
 def test_tags_are_learnt_more_slowly_than_classes():

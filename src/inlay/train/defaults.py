@@ -1,7 +1,9 @@
 """The settings that each method starts from, in one table: they move scores as much as the choice of method does.
 
-Peak learning rates are for AdamW. `understanding` is classification, regression, tagging and span extraction, where
-encoders of 20 to 400 M parameters are usual; `generation` is language modelling and sequence to sequence.
+Peak learning rates are for AdamW; a new task head has one of its own (`head_rate.py`). `understanding` is
+classification, regression, tagging and span extraction, where encoders of 20 to 400 M parameters are usual: rates for
+it were measured on two data sets with MiniLM (`benchmarks/learning-rates-2026-11-22.md`). `generation` is language
+modelling and sequence to sequence.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from inlay.config import RunConfig
+from inlay.config import MethodSetting, RunConfig
+from inlay.config_loading import method_name
 
 Kind = Literal["understanding", "generation"]
 
@@ -31,8 +34,7 @@ def _both(understanding: Defaults, generation: Defaults | None = None) -> dict[K
 
 TABLE: dict[str, dict[Kind, Defaults]] = {
     # About ten times the rate of full fine-tuning, nearly independent of rank with alpha / r scaling; small batches
-    # ("LoRA Without Regret", Schulman et al. 2025). The rate for understanding was chosen on the demo task and
-    # movie review polarity with MiniLM (docs/tutorial.md).
+    # ("LoRA Without Regret", Schulman et al. 2025).
     "lora": _both(Defaults(2e-3), Defaults(5e-4, batch=8, warmup_ratio=0.03)),
     "dora": _both(Defaults(2e-3), Defaults(5e-4, batch=8, warmup_ratio=0.03)),
     # about 1e-3 on encoders (arXiv:2303.10512, tables 7 to 10); its schedule needs a warm-up of its own
@@ -41,17 +43,17 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     "ia3": _both(Defaults(5e-3), Defaults(3e-3, batch=8)),
     # 1e-4 to 1e-3 by model size (arXiv:2106.10199, section 4); small encoders take the upper end and above
     "bitfit": _both(Defaults(2e-3), Defaults(1e-3, batch=8)),
-    # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster
-    # (MiniLM, demo task, 60 steps: accuracy 0.43 at 1e-3, 0.55 at 3e-3, 0.60 at 1e-2). MAM is wide and scales by 4:
-    # there 1e-3 is too much (0.17 after 80 steps, 0.51 at 3e-4).
+    # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster.
+    # A wide one that scales by 4, as in MAM, moves its output thirty times as far in a step.
     "bottleneck": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
     "mam": _both(Defaults(3e-4), Defaults(2e-4, batch=8)),
     "unipelt": _both(Defaults(1e-3), Defaults(5e-4, batch=8)),
     # another cell of the same table; the multi-head form is as sensitive as a prefix
     "inlay": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
     "multihead": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
-    # 5e-5 with the MLP and 1e-3 to 5e-3 in the direct form (arXiv:2101.00190; PEFT's comparison)
-    "prefix": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
+    # 5e-5 with the MLP and 1e-3 to 5e-3 in the direct form (arXiv:2101.00190; PEFT's comparison); P-tuning v2's range
+    # reaches 1e-2, and short runs want more
+    "prefix": _both(Defaults(2e-2), Defaults(2e-3, batch=8)),
     # 0.3 with Adafactor on T5 (arXiv:2104.08691); 1e-3 to 1e-2 with AdamW
     "prompt": _both(Defaults(1e-2), Defaults(1e-2, batch=8)),
     "ptuning": _both(Defaults(1e-3), Defaults(1e-3, batch=8)),
@@ -61,12 +63,15 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     "diffpruning": _both(Defaults(1e-4), Defaults(5e-5, batch=8)),
     # the usual rate of encoders at this size; decoders are tuned with less
     "full": _both(Defaults(1e-4, weight_decay=0.01), Defaults(5e-5, batch=8, weight_decay=0.01)),
-    # a linear map on fixed features: convex, so a high rate is safe
+    # where the head is not new; a new one's rate is measured
     "headonly": _both(Defaults(5e-3)),
 }
 
 TAGGING = {name: Defaults(5e-4, batch=16) for name in ("lora", "dora")}
 """For token-classification. On WNUT17 with MiniLM 2e-3 learns that nothing is an entity (F1 0), 5e-4 reaches 0.55."""
+
+WIDE = 1024
+"""Bottleneck width times scale from which on MAM's rate holds; MAM's own is 2048."""
 
 FALLBACK = _both(Defaults(1e-3), Defaults(5e-4, batch=8))
 
@@ -80,17 +85,31 @@ def kind_of(task: str) -> Kind:
     return "generation" if task in ("causal-lm", "seq2seq") else "understanding"
 
 
-def defaults(method: str, task: str) -> Defaults:
-    """The settings for a method's lower-case name; of a mix `a+b`, those with the lowest learning rate."""
+def defaults(method: MethodSetting, task: str) -> Defaults:
+    """The settings for a method; of a mix, those with the lowest learning rate.
+
+    Args:
+        method: as in a run configuration, or its lower-case name, `a+b` for a mix.
+        task: what is learned.
+    """
     kind = kind_of(task)
     own = TAGGING if task == "token-classification" else {}
-    parts = [own.get(name) or TABLE.get(name, FALLBACK)[kind] for name in method.split("+")]
-    return min(parts, key=lambda part: part.learning_rate)
+    entries = method if isinstance(method, list) else [method]
+    names = [name for entry in entries for name in ("mam" if _is_wide(entry) else method_name(entry)).split("+")]
+    return min((own.get(n) or TABLE.get(n, FALLBACK)[kind] for n in names), key=lambda part: part.learning_rate)
+
+
+def _is_wide(entry: MethodSetting) -> bool:
+    """Whether it is a bottleneck whose step moves its output as far as MAM's does."""
+    if not isinstance(entry, dict) or method_name(entry) != "bottleneck":
+        return False
+    size, scale = entry.get("size"), entry.get("scale", 1.0)
+    return isinstance(size, int) and isinstance(scale, int | float) and size * scale >= WIDE
 
 
 def resolve_method(config: RunConfig, method: str, task: str) -> RunConfig:
     """The configuration with what depends on the method filled in."""
-    chosen = defaults(method, task)
+    chosen = defaults(config.method if method_name(config.method) == method else method, task)
     update: dict[str, object] = {"task": task}
     if config.learning_rate is None:
         update["learning_rate"] = chosen.learning_rate
