@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import inlay
 from inlay.anatomy.base import Site
+from inlay.kernels import lora_rows
 from inlay.kernels.lora_rows import LoRARows
 from inlay.methods.lora import LoRADelta
 
@@ -70,6 +71,47 @@ def test_each_formulation_equals_the_loop_in_value_and_gradient(ranks, rows, bea
             torch.testing.assert_close(form(), want.detach(), msg=name)
 
 
+@given(
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    rows=st.integers(1, 7),
+    tokens=st.sampled_from([1, 2, 5]),
+    width=st.sampled_from([3, 16, 37]),
+    fresh=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_compiled_form_equals_the_loop(ranks, rows, tokens, width, fresh, seed):
+    if lora_rows._library() is None:
+        pytest.skip("no C compiler")
+    deltas = pieces(ranks, width, width + 4)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(-1, len(ranks), (rows,), generator=generator).tolist()
+    index[0] = 0
+    x = torch.randn(rows, tokens, width, generator=generator)
+    y = torch.randn(rows, tokens, width + 4, generator=generator)
+    kernel = LoRARows(deltas, index)
+    kernel.fresh = fresh
+    with torch.no_grad():
+        want, before = loop(deltas, index, x, y), y.clone()
+        got = kernel._compiled(x, y)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got is y if fresh else torch.equal(y, before)
+    untouched = [i for i, k in enumerate(index) if k < 0]
+    assert torch.equal(got[untouched], before[untouched])
+
+
+def test_the_compiled_form_leaves_to_others_what_it_cannot_do():
+    deltas = pieces([2, 2])
+    kernel = LoRARows(deltas, [0, 1])
+    x, y = torch.randn(2, 1, 12), torch.zeros(2, 1, 10)
+    assert kernel._compiled(x, y) is None, "gradients"
+    with torch.no_grad():
+        assert kernel._compiled(x.double(), y.double()) is None
+        assert kernel._compiled(x, torch.zeros(2, 1, 20)[..., ::2]) is None
+        wide = LoRARows(pieces([lora_rows.SKINNY + 1]), [0, 0])
+        assert wide._compiled(torch.randn(2, 3, 12), torch.zeros(2, 3, 10)) is None
+        assert torch.func.vmap(lambda a, b: kernel(a, b))(x[None], y[None]).shape == (1, 2, 1, 10)
+
+
 def gradients(out, weight, parameters):
     """Zeros where a parameter took no part."""
     if not out.requires_grad:
@@ -124,6 +166,24 @@ def test_kept_factors_follow_a_changed_piece():
         second = kernel(x, y)
     torch.testing.assert_close(second[0], 2 * first[0])
     torch.testing.assert_close(second[1], first[1])
+
+
+def test_kept_factors_follow_the_steps_of_a_fused_optimizer():
+    """Fused AdamW writes parameters without raising their version counters."""
+    deltas = pieces([2, 2])
+    kernel = LoRARows(deltas, [0, 1])
+    x, y = torch.randn(2, 1, 12), torch.zeros(2, 1, 10)
+    optimizer = torch.optim.AdamW([p for d in deltas for p in d.parameters()], lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(kernel(x, y), loop(deltas, [0, 1], x, y))
+        before = [d.B._version for d in deltas]
+        kernel(x, y).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [d.B._version for d in deltas] == before, "or this test shows nothing"
+    with torch.no_grad():
+        torch.testing.assert_close(kernel(x, y), loop(deltas, [0, 1], x, y))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

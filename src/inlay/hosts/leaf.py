@@ -24,6 +24,9 @@ from inlay.route import Group, Rows, join
 
 Frozen = Callable[[Tensor], Any]
 
+FRESH = (nn.Linear.forward,)
+"""Forwards whose result nobody else holds."""
+
 
 @dataclass(eq=False)
 class Act:
@@ -140,7 +143,7 @@ class LeafHost(Host):
         whole = groups[0].rows.index is None
         if len(groups) > 1:
             _refuse_routed(state, active)
-        together = () if whole or opens else _together(state, groups)
+        together = () if whole or opens else _together(state, groups, cls.base.forward in FRESH)
         fused = None if opens else _fused(acts, cls.base)
         return Plan(opens, acts, groups, whole, groups[0].rows.total, padding_of(state), together, fused)
 
@@ -188,7 +191,7 @@ def _refuse_beside_merged(state: Hosted, everything: list[Placed]) -> None:
             )
 
 
-def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
+def _together(state: Hosted, groups: tuple[Group, ...], fresh: bool) -> tuple[Together, ...]:
     """One step for each kind of piece, where the rows have nothing here but pieces whose class offers that.
 
     A step is made from all adapters of the model, not only from those in use, so that another composition of the batch
@@ -222,6 +225,7 @@ def _together(state: Hosted, groups: tuple[Group, ...]) -> tuple[Together, ...]:
         rows = cls.together(list(deltas.values()), index)
         if rows is None:
             return ()
+        rows.fresh = columns is None and fresh
         made.append(Together(rows, columns))
     return tuple(made)
 

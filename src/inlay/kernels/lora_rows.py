@@ -1,16 +1,19 @@
 """Many LoRA adapters in one batch, each row with its own, in a fixed number of matrix products.
 
-The plain form is a loop over groups of rows; this gives the same sums. Which formulation is fastest depends on the
-shape (measured in `benchmarks/rows.py`): with one token a row and few adapters one wide product whose foreign columns
-are put to zero; with one token a row and many adapters a product for each group of rows; with many tokens a row a
-batched product over gathered factors.
+The plain form is a loop over groups of rows; this gives the same sums. Without gradients in fp32 on a CPU, compiled C
+reads each adapter's factors once for all of its rows. Elsewhere the fastest formulation depends on the shape (measured
+in `benchmarks/rows.py`): with one token a row and few adapters one wide product whose foreign columns are put to zero;
+with one token a row and many adapters a product for each group of rows; with many tokens a row a batched product over
+gathered factors.
 
 Legend: N rows, T entries a row, I / O features, K adapters, R the largest rank.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -19,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay import stepping
+from inlay.kernels import compiled
+from inlay.kernels.lora import usable
 from inlay.methods.base import Rowwise
 from inlay.route import Rows
 
@@ -28,6 +33,11 @@ if TYPE_CHECKING:
 WIDE = 2.5e6
 """The wide product may cost so many operations for each product that it saves: what starting one costs."""
 
+RANKS, MOST, SKINNY = 4, 256, 16
+"""The C form takes ranks in steps of `RANKS` up to `MOST`; where a row has several tokens it wins up to `SKINNY`."""
+
+THREADED_FROM = 1 << 22
+"""Multiplications from which the C form starts threads."""
 
 _kept: WeakKeyDictionary[LoRADelta, tuple[object, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 """The factors of some pieces beside each other, with the first of them, and what they were made from."""
@@ -72,6 +82,8 @@ class LoRARows(Rowwise):
         self.register_buffer("order", torch.tensor([i for _, i in order], dtype=torch.long), persistent=False)
         self.sizes = [sum(k == j for k, _ in order) for j in range(len(used))]
         self.width = sum(d.A.shape[0] for d in self.used)
+        self.rank = max((d.A.shape[0] for d in self.used), default=0)
+        self._entries: tuple[int, Tensor, Tensor] | None = None
 
     def _index(self, prefix: str, deltas: Sequence[LoRADelta], index: Sequence[int]) -> None:
         own = torch.tensor(index)
@@ -98,6 +110,9 @@ class LoRARows(Rowwise):
         if x.shape[0] % self.rows:
             Rows(tuple(range(self.rows)), self.rows).factor(x.shape[0])
         shape = y.shape
+        done = self._compiled(x, y)
+        if done is not None:
+            return done
         x, y = x.reshape(self.rows, -1, x.shape[-1]), y.reshape(self.rows, -1, shape[-1])
         if torch.compiler.is_compiling():
             deltas, gather, foreign = self.all, self.all_gather, self.all_foreign
@@ -110,6 +125,38 @@ class LoRARows(Rowwise):
         if torch.compiler.is_compiling() or work <= WIDE * len(self.sizes):
             return self._wide(x, y, deltas, foreign).reshape(shape)
         return self._grouped(x, y).reshape(shape)
+
+    def _compiled(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """The sum in C, in y itself where nobody else has it; None where it does not apply or would be slower."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.used:
+            return None
+        tokens = x.numel() // (x.shape[-1] * self.rows)
+        plain = x.dtype is torch.float32 is y.dtype and x.is_cpu and x.is_contiguous() and y.is_contiguous()
+        skinny = self.rank <= (MOST if tokens == 1 else SKINNY)
+        library = _library() if plain and skinny and usable(x) and usable(y) and compiled.enabled() else None
+        if library is None or not tokens:
+            return None
+        A_KRI, B_KRO = self._factors(self.used, x.dtype, stacked=True)
+        order, first = self._segments(tokens)
+        out = y if self.fresh else y.clone()
+        into, rank = x.shape[-1], A_KRI.shape[1]
+        work = order.numel() * rank * (into + y.shape[-1])
+        failed = library.inlay_lora_rows(
+            *(t.data_ptr() for t in (x, out, A_KRI, B_KRO, order, first)),
+            *(len(self.used), rank, into, y.shape[-1]),
+            torch.get_num_threads() if work >= THREADED_FROM else 1,
+        )
+        if failed:
+            raise RuntimeError(f"inlay_lora_rows cannot take rank {rank}")
+        return out
+
+    def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The entries of all rows with an adapter, those of an adapter together, and where each adapter's begin."""
+        if self._entries is None or self._entries[0] != tokens:
+            order = (self.order[:, None] * tokens + torch.arange(tokens)).reshape(-1)
+            ends = torch.tensor([0, *self.sizes]).cumsum(0) * tokens
+            self._entries = tokens, order, ends
+        return self._entries[1:]
 
     def _wide(self, x: Tensor, y: Tensor, deltas: Sequence[LoRADelta], foreign: Tensor) -> Tensor:
         A, B = self._factors(deltas, x.dtype, stacked=False)
@@ -137,21 +184,29 @@ class LoRARows(Rowwise):
         Without gradients they are kept until a piece changes, and longer than a route: the next batch of the same
         adapters finds them.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _make(deltas, dtype, stacked)
-        if deltas is not self.used:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or deltas is not self.used:
             return _make(deltas, dtype, stacked)
         # Fused optimizers raise no version counter, so their steps are counted.
         pointers, seen = tuple([p.data_ptr() for p in self.parts]), sum([p._version for p in self.parts])
         mark = dtype, stacked, stepping.count(), seen, pointers
         found = _kept.get(self.used[0])
         if found is None or found[0] != mark:
-            found = _kept[self.used[0]] = mark, _make(deltas, dtype, stacked)
+            found = _kept[self.used[0]] = mark, _make(deltas, dtype, stacked, RANKS)
         return found[1]
 
 
-def _make(deltas: Sequence[LoRADelta], dtype: torch.dtype, stacked: bool) -> tuple[Tensor, Tensor]:
-    rank = max(d.A.shape[0] for d in deltas)
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled.load("lora_rows.c")
+    if library is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        library.inlay_lora_rows.argtypes = [*[pointer] * 6, *[long] * 4, ctypes.c_int]
+    return library
+
+
+def _make(deltas: Sequence[LoRADelta], dtype: torch.dtype, stacked: bool, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """`_factors`, with zeros up to a rank that is a multiple of `steps` where they are stacked."""
+    rank = -(-max(d.A.shape[0] for d in deltas) // steps) * steps
     As, Bs = [], []
     for d in deltas:
         missing = rank - d.A.shape[0] if stacked else 0

@@ -166,7 +166,13 @@ class Fused(Protocol):
 
 
 class Rowwise(nn.Module, abc.ABC):
-    """Pieces of one kind at one site, each row of the batch with its own, in one step."""
+    """Pieces of one kind at one site, each row of the batch with its own, in one step.
+
+    Attributes:
+        fresh: y is made for this call alone, so that without gradients the sum may be written into it.
+    """
+
+    fresh: bool = False
 
     @property
     @abc.abstractmethod
