@@ -19,7 +19,7 @@ from inlay.hosts.model import ModelHost, hosts_rows, tell_padding
 from inlay.hosts.saving import keep_adapters
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
-from inlay.sharded import fill, is_sharded, whole
+from inlay.sharded import fill, gathered, is_sharded, whole, writes
 from inlay.state import STATE, State, Use, adapters, known_name, require, state_of, use
 
 if TYPE_CHECKING:
@@ -100,6 +100,10 @@ class Adapter:
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} is merged into the weights; unmerge() it before loading values.")
+        with torch.no_grad(), gathered(self.parameters(), filled=True):
+            self._load(tensors)
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
@@ -107,9 +111,8 @@ class Adapter:
             raise FormatError(
                 f"adapter {self.name!r}: missing {missing}, unexpected {extra}, wrong shape {sorted(wrong)}."
             )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                fill(tensor, tensors[name])
+        for name, tensor in own.items():
+            fill(tensor, tensors[name])
 
     def save(self, path: str | Path, format: str = "native", **options: Any) -> Path:
         """Writes the adapter folder; it appears whole or not at all.
@@ -126,7 +129,10 @@ class Adapter:
         if format == "peft":
             from inlay.formats import peft
 
-            return peft.save(self, Path(path), **options)
+            with gathered(self.parameters()):
+                if any(is_sharded(p) for p in self.parameters()) and not writes():
+                    return Path(path)  # every process has gathered, one writes
+                return peft.save(self, Path(path), **options)
         raise FormatError(f"format={format!r} is not known: {nearest(format, ['native', 'peft'])}")
 
     def merge(self, **options: Any) -> MergeReport:
@@ -267,8 +273,9 @@ def _refuse_sharded(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and is_sharded(parameter):
                 raise AttachmentError(
-                    f"{path}.{name} is sharded already (DTensor): an adapter attached now would not be, and its "
-                    "gradient would differ between the processes without a word. Attach first, then call fully_shard."
+                    f"{path}.{name} is sharded already (FSDP2 or ZeRO 3): an adapter attached now would not be, and "
+                    "its gradient would differ between the processes without a word. Attach first, then call "
+                    "fully_shard or deepspeed.initialize."
                 )
 
 

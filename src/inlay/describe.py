@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from inlay.anatomy.probe import modules_of
 from inlay.methods.base import citation
+from inlay.sharded import size_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ def base_parameters(model: nn.Module) -> int:
                 continue
             seen.add(id(parameter))
             if parameter.is_floating_point():
-                total += parameter.numel()
+                total += size_of(parameter)
             else:
                 out, inn = logical_shape(module)
                 total += out * inn

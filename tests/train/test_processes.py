@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +223,38 @@ def test_alone_there_is_nobody_to_share_with():
     assert alone.of_main("x") == "x"
 
 
-def test_deepspeed_is_refused_by_name(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="ZeRO 3 does for the base is `fsdp: true`"):
-        open_accelerator(config(use_cpu=True))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_the_same_adapter(world, tmp_path, stage):
+    """As `accelerate launch --use_deepspeed` says it; below stage 3 nothing of DeepSpeed's is needed."""
+    if stage == 3 and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    file = tmp_path / "zero.json"
+    section = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    file.write_text(json.dumps({"zero_optimization": section, "gradient_clipping": "auto"}))
+
+    def act(rank: int) -> None:
+        warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls torch by names that are going
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+        step = Loop._step
+
+        def watched(self: Loop, group: Any) -> Any:
+            assert is_sharded(self.model) == (stage == 3)
+            frozen = [p for p in self.model.model.layers[1].parameters() if not p.requires_grad]
+            held = sum(p.numel() + p.ds_tensor.numel() if stage == 3 else p.numel() for p in frozen)
+            assert held == pytest.approx(7744 / (2 if stage == 3 else 1), rel=0.01)
+            return step(self, group)
+
+        Loop._step = watched  # type: ignore[method-assign]
+        run(world, tmp_path / "many")
+
+    codes = team(2, act, tmp_path / "logs")
+    assert codes == [0, 0], output(tmp_path / "logs") + output(tmp_path / "logs", 1)
+    run(world, tmp_path / "one", gradient_accumulation_steps=2)
+    assert_same_numbers(tmp_path / "many", tmp_path / "one")
+    for name in ("adapter", "best", "checkpoint-6"):
+        assert_same_folders(tmp_path / "many" / name, tmp_path / "one" / name)
+    results = [json.loads((tmp_path / name / "results.json").read_text())["LoRA"] for name in ("many", "one")]
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
 
 
 def test_a_step_that_cannot_be_shared_evenly():

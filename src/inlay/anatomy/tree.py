@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from inlay.anatomy.base import Axis, Kind, Leaf
 from inlay.errors import QuantizationError
+from inlay.sharded import shape_of
 
 PIECES = "inlay"
 """The child under which a hosted module keeps its pieces; they are no part of the model's anatomy."""
@@ -103,17 +104,17 @@ def static_leaves(model: nn.Module) -> dict[str, Leaf]:
 def _static_leaf(path: str, module: nn.Module, kind: Kind) -> Leaf:
     from inlay.quant.bridge import logical_shape
 
-    parameters = [p for p in module._parameters.values() if p is not None]
+    shapes = [shape_of(p) for p in module._parameters.values() if p is not None]
     if kind == "linear":
         out, inn = logical_shape(module)
     elif kind == "embedding":
-        inn, out = parameters[0].shape if parameters else (0, 0)
+        inn, out = shapes[0] if shapes else (0, 0)
     elif kind == "conv":
         inn, out = module.in_channels, module.out_channels  # type: ignore[assignment]
     else:
-        inn = out = parameters[0].shape[-1] if parameters[0].ndim else 1
+        inn = out = shapes[0][-1] if shapes[0] else 1
     named = "expert" in f"{path} {type(module).__name__}".lower()
-    experts = max((p.shape[0] for p in parameters if p.ndim == 3), default=0) if kind == "module" and named else 0
+    experts = max((shape[0] for shape in shapes if len(shape) == 3), default=0) if kind == "module" and named else 0
     bias = isinstance(getattr(module, "bias", None), Tensor)
     return Leaf(path, kind, int(inn), int(out), bias, axis=feature_axis(module), experts=experts)
 

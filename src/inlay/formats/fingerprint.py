@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from inlay.anatomy.assemble import head_of
 from inlay.anatomy.probe import modules_of, static_leaves
 from inlay.quant.bridge import is_quantized
-from inlay.sharded import whole
+from inlay.sharded import size_of, whole
 
 TENSORS = 24
 VALUES = 8
@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         for path, module in modules_of(model)
         if path in leaves and path not in head
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta
+        if parameter.is_floating_point() and size_of(parameter) and not parameter.is_meta
         # torchao's storage calls itself floating point, but it decodes to rounded values.
         if not (name == "weight" and is_quantized(module))
     ]
@@ -74,7 +74,7 @@ def _spread(candidates: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Pa
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = whole(parameter.detach()).reshape(-1)
+    flat = whole(parameter).detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel())).long().to(flat.device)
     return flat[index].float().cpu()
 

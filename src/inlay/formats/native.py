@@ -26,7 +26,7 @@ from inlay.errors import FormatError, nearest
 from inlay.folders import understood, write_folder
 from inlay.formats.fingerprint import differences, fingerprint
 from inlay.methods.base import from_spec
-from inlay.sharded import fill, is_sharded, whole, writes
+from inlay.sharded import fill, gathered, is_sharded, whole, writes
 from inlay.state import state_of
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ def save(adapter: Adapter, path: Path, *, keep_training_state: bool = False) -> 
     """
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / CONFIG).exists())):
         raise FormatError(f"{path} is there already and is no adapter folder; choose another path or remove it.")
-    tensors = adapter.state_dict() if keep_training_state else adapter.stored()
-    tensors = {name: whole(t.detach()).to("cpu").contiguous() for name, t in _once(tensors).items()}
-    blob = save_tensors(tensors, {"format": "pt"})
-    config = _config(adapter, tensors, keep_training_state, blob)
+    with gathered(adapter.parameters()):
+        tensors = adapter.state_dict() if keep_training_state else adapter.stored()
+        tensors = {name: whole(t.detach()).to("cpu").contiguous() for name, t in _once(tensors).items()}
+        blob = save_tensors(tensors, {"format": "pt"})
+        config = _config(adapter, tensors, keep_training_state, blob)
     if any(is_sharded(parameter) for parameter in adapter.parameters()) and not writes():
         return path  # every process has gathered, one writes
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from inlay.errors import AdapterError
 from inlay.hosts.saving import MARK, save_adapters
-from inlay.sharded import whole
+from inlay.sharded import gathered, whole
 from inlay.state import adapters
 
 
@@ -59,8 +59,11 @@ class InlayCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _save(model: Any, folder: Path, state_dict: dict[str, Tensor] | None, *, write: bool) -> None:
-    given = model.state_dict() if state_dict is None else state_dict
-    tensors = {name: whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in given.items() if MARK in name}
+    with gathered(p for n, p in model.named_parameters() if MARK in n):
+        given = model.state_dict() if state_dict is None else state_dict
+        tensors = {
+            name: whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in given.items() if MARK in name
+        }
     save_adapters(model, folder, write=write)
     if write:
         folder.mkdir(parents=True, exist_ok=True)

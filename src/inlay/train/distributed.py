@@ -195,6 +195,8 @@ def shard(model: nn.Module, adapter: Any, team: Team) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass gathers weights from all processes, so that they all must make as many."""
+    if hasattr(model, "ds_inflight_param_registry"):  # DeepSpeed's ZeRO stage 3
+        return True
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)  # by name: its module is slow to import
 
 

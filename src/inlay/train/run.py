@@ -34,6 +34,7 @@ from inlay.train.samples import Samples, generation_metrics
 from inlay.train.session import Session, attach_method, identity, open_session
 from inlay.train.signals import StopRequest
 from inlay.train.wording import without_virtual_tokens
+from inlay.train.zero import share_out
 
 ADAPTER = "default"
 
@@ -99,6 +100,8 @@ def _ready_model(session: Session, adapter: Any) -> None:
         recompute.turn_on(model)
     if config.fsdp:
         shard(model, adapter, Team(session.accelerator))
+    if session.zero is not None:
+        share_out(model, adapter, Team(session.accelerator), session.zero)
     if config.torch_compile:
         model.compile()
 
@@ -129,6 +132,12 @@ class Run:
     def go(self, start: Path | None, *, resume: bool) -> Result:
         """All of it, from the plan to the model card."""
         self.narrator.found(self.session)
+        if self.session.zero is not None and self.session.zero.stage < 3:
+            self.narrator.fact(
+                "deepspeed",
+                f"ZeRO stage {self.session.zero.stage}: the base is whole on each process, and so are the adapter's "
+                "moments and gradients, which are small; stage 3 shares the base out",
+            )
         loop = self.loop()
         self.narrator.plan(self.session, self.adapter, loop.total_steps, self.run)
         self._show_example()
@@ -282,7 +291,9 @@ class Run:
         result.commands = self._commands()
         if self.main:
             held_out = next(iter(self.session.prepared.evals.values()), None)
-            batches = self.session.eval_batches(held_out) if held_out is not None else None
+            batches = None  # gates are recorded by this process alone, which must then have the whole model
+            if held_out is not None and not is_sharded(self.session.model):
+                batches = self.session.eval_batches(held_out)
             result.pictures = insights.write(self.run, self.adapter, batches, self.session.task, self.session.autocast)
             report.plot(self.run, self.config.metric_for_best_model or MAIN[self.session.task])
             folders.replace_text(self.run / "README.md", report.card(self._facts(result, title)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from inlay.train import models
 from inlay.train.defaults import resolve_method, resolve_steps
 from inlay.train.distributed import Team, same_step
 from inlay.train.head_rate import head_learning_rate
+from inlay.train.launcher import Zero, launched, without_deepspeed
 from inlay.train.loop import total_steps
 from inlay.train.precision import autocast, resolve_dtype, resolve_precision
 from inlay.train.wording import check_vocabulary, fitted, start_from_words, virtual_tokens, wording_of, words_of
@@ -44,6 +44,7 @@ class Session:
     new_modules: tuple[str, ...]
     train_batches: Batches
     wording: Wording | None = None
+    zero: Zero | None = None
 
     @property
     def task(self) -> str:
@@ -66,20 +67,11 @@ class Session:
 
 
 def open_accelerator(config: RunConfig) -> Any:
-    """Accelerate's engine: device and processes. Precision is ours, so that two runs in one process may differ in it.
-
-    Raises:
-        ConfigError: the launcher was told to use DeepSpeed.
-    """
+    """Accelerate's engine: device and processes. Precision is ours: two runs in one process may differ in it."""
     from accelerate import Accelerator
 
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "inlay train does not run under DeepSpeed: ZeRO 1 and 2 share out the optimizer's state, of which an "
-            "adapter has next to none, and what ZeRO 3 does for the base is `fsdp: true` here. Launch without it, or "
-            "train the adapter with transformers' Trainer and your DeepSpeed configuration."
-        )
-    return Accelerator(cpu=config.use_cpu, mixed_precision="no")
+    with without_deepspeed():
+        return Accelerator(cpu=config.use_cpu, mixed_precision="no")
 
 
 def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step: int | None = None) -> Session:
@@ -96,10 +88,9 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     """
     from inlay.data import prepare
 
+    config, zero = launched(config)
     accelerator = open_accelerator(config)
     config = same_step(config, batches_per_step, Team(accelerator))
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        config = config.model_copy(update={"fsdp": True})
     model_config = models.load_config(config)
     kind = models.kind_of(model_config)
     tokenizer = models.load_tokenizer(config)
@@ -115,7 +106,7 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     say(f"loading {config.model}")
     seed_everything(config.seed)
     # What is sharded is read to the CPU first, so that no device must hold it whole; packing 4-bit weights needs one.
-    whole = config.fsdp and config.quantization is None
+    whole = (config.fsdp or (zero is not None and zero.stage == 3)) and config.quantization is None
     place = torch.device("cpu") if whole else accelerator.device
     loaded = models.load_model(config, prepared, tokenizer, place)
     if spec.wording is not None:
@@ -123,7 +114,7 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     train = batches_of(prepared.train, config, tokenizer, prepared.task, accelerator.device, train=True)
     steps = total_steps(config, len(train), accelerator.num_processes)
     config = resolve_steps(config, steps, held_out=bool(prepared.evals))
-    return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train, spec.wording)
+    return Session(config, accelerator, tokenizer, prepared, loaded.model, loaded.new, train, spec.wording, zero)
 
 
 def attach_method(session: Session, name: str, *, resumed: bool = False) -> Any:
@@ -226,7 +217,7 @@ def identity(session: Session, adapter: Any) -> dict[str, Any]:
     The number of processes is not part of it, their product with the accumulation is.
     """
     from inlay.data.store import tokenizer_hash
-    from inlay.formats.fingerprint import fingerprint
+    from inlay.formats.native import base_of
 
     config, prepared = session.config, session.prepared
     step = config.gradient_accumulation_steps * session.accelerator.num_processes
@@ -237,7 +228,7 @@ def identity(session: Session, adapter: Any) -> dict[str, Any]:
         "bf16", "fp16", "dtype", "quantization", "verbalizer",
     )  # fmt: skip
     return {
-        "base": f"{Path(config.model).name} {_digest(fingerprint(session.model))}",
+        "base": f"{Path(config.model).name} {_digest(base_of(adapter))}",
         "tokenizer": tokenizer_hash(session.tokenizer)[:16],
         "data": f"{Path(shown_data(config)).name} {prepared.fingerprint[:16]}",
         "method": adapter.method.spec(),
