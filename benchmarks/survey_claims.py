@@ -3,13 +3,15 @@
     python benchmarks/survey_claims.py            # writes docs/survey_claims.md
 
 Counts are made on the meta device from configs, so nothing is downloaded. What needs weights of billions of parameters
-is quoted from the papers and marked so; what is a behaviour names the test that shows it.
+is quoted from the papers and marked so; what is a behaviour names the test that shows it; what was trained or timed
+here is the result that docs/reproductions.md and the pages of benchmarks/ have from the scripts that are named.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
+from transformers import BartConfig, BertConfig, BloomConfig, GPT2Config, LlamaConfig, T5Config
 
 import inlay
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "survey_claims.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "survey_claims.md"
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 BERT, BERT_LARGE = BertConfig(), BertConfig(vocab_size=28996, **LARGE)
 GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+T0_3B = {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+MT0_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 250112}
+GATED = {"d_kv": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+BLOOMZ = BloomConfig(hidden_size=4096, n_layer=30, n_head=32, vocab_size=250880)
 LLAMA_65B = LlamaConfig(hidden_size=8192, intermediate_size=22016, num_hidden_layers=80, num_attention_heads=64)
 
 
@@ -105,6 +112,47 @@ def llama_memory() -> str:
     return f"{count / 1e9:.3f} x 10^9 parameters x (2 + 2 + 8) bytes = {12 * count / 1e9:.0f} GB"
 
 
+def table_of_peft() -> str:
+    """What weights, gradients and Adam's moments take in fp32, and the weights alone with LoRA."""
+    t5 = transformers.T5ForConditionalGeneration
+    models = {
+        "T0-3B": on_meta(t5, T5Config(**T0_3B, **GATED)),
+        "mt0-xxl": on_meta(t5, T5Config(**MT0_XXL, **GATED)),
+        "bloomz-7b1": on_meta(transformers.BloomForCausalLM, BLOOMZ),
+    }
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    for name in ("T0-3B", "mt0-xxl"):  # whose output embedding is a matrix of its own, which this transformers ties
+        head, table = (module.weight for module in (models[name].lm_head, models[name].shared))
+        counts[name] += head.numel() if head is table else 0
+    counts = {name: count / 1e9 for name, count in counts.items()}
+    return "; ".join(f"{n}: 16 bytes x {c:.2f} x 10^9 = {16 * c:.0f} GB, frozen {4 * c:.1f}" for n, c in counts.items())
+
+
+def lora_size() -> str:
+    """r (I + O) beside I O."""
+    adapter = inlay.attach(torch.nn.Sequential(torch.nn.Linear(1024, 1024)), inlay.LoRA(rank=8, sites="0"), head=None)
+    return f"1024 x 1024, r = 8: {adapter.trained_parameters:,} of {1024 * 1024:,} = 1.56 %"
+
+
+def ran(*scripts: str) -> str:
+    """What docs/reproductions.md has of these scripts."""
+    sections = (ROOT / "docs" / "reproductions.md").read_text(encoding="utf-8").split("\n## ")
+    found = []
+    for script in scripts:
+        (section,) = [s for s in sections if re.search(rf"^Run: .*reproduce/{script}\.py", s, re.M)] or [""]
+        result = re.search(r"^Result: (.*)$", section, re.M)
+        found.append(f"`benchmarks/reproduce/{script}.py`: {result[1] if result else 'not run yet'}")
+    return "; ".join(found)
+
+
+def storage_errors() -> str:
+    """Error and perplexity of the ways to store four bits."""
+    page = max((ROOT / "benchmarks").glob("quant-*.md")).read_text(encoding="utf-8").partition("\n## Quality")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.count("|") == 7]
+    errors = [f"{row[0]} {row[2]} / {row[3]}" for row in rows if row[0] and not set(row[0]) & set("-:")][1:]
+    return f"`benchmarks/quant_quality.py`, error of the weights / perplexity: {', '.join(errors)}"
+
+
 def nf4_bits() -> str:
     """Bits a parameter with and without double quantisation, by the block sizes."""
     plain, double = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
@@ -154,8 +202,8 @@ CLAIMS = (
     Claim("families: additive, selective, reparametrised", "the taxonomy of arXiv:2303.15647", "`inlay methods`"),
     Claim(
         "memory of full fine-tuning and LoRA for T0-3B, mt0-xxl, bloomz-7b1 on an 80 GB GPU",
-        "PEFT's published table: 47.1 / 14.4 GB, out of memory / 56, out of memory / 32",
-        PAPER,
+        "PEFT's published table: 47.1 / 14.4 GB, out of memory / 56, out of memory / 32; activations come on top",
+        table_of_peft,
     ),
     Claim(
         "BitFit trains biases and the head",
@@ -164,17 +212,25 @@ CLAIMS = (
     ),
     Claim("biases are 0.08 to 0.09 % of BERT", "right: base is the 0.09, large the 0.08", bias_share),
     Claim("BitFit equals adapters and diff pruning on GLUE", "as published (84.2 / 84.6 / 84.8 average)", PAPER),
-    Claim("query and intermediate biases move most and suffice", "the code supports the subset", bias_subset),
+    Claim(
+        "query and intermediate biases move most and suffice",
+        "the code supports the subset",
+        lambda: f"{bias_subset()}; {ran('bitfit_profile')}",
+    ),
     Claim(
         "diff pruning saves no training memory",
         "right; it trains a difference and a gate for each weight of the projections",
         diff_pruning_cost,
     ),
-    Claim("prefix: an MLP during training, only the prefix is kept", "right", prefix_counts),
+    Claim(
+        "prefix: an MLP during training, only the prefix is kept",
+        "right",
+        lambda: f"{prefix_counts()}; {ran('prefix_depth')}",
+    ),
     Claim(
         "the prefix is decomposed into a smaller one and an MLP",
         "in the paper; the code keeps width d",
-        "`tests/methods/test_prefix.py`",
+        lambda: ran("prefix_mlp"),
     ),
     Claim(
         "prefix tuning is mainly for generation",
@@ -195,7 +251,7 @@ CLAIMS = (
     Claim(
         "class-label initialisation is best, 20 tokens are enough",
         "right in the paper's figure 3",
-        "tried by `benchmarks/reproduce/prompt_init.py` and `benchmarks/reproduce/prompt_length.py`",
+        lambda: ran("prompt_init", "prompt_length"),
     ),
     Claim(
         "P-tuning v1: embedding with LSTM and MLP, any position",
@@ -210,20 +266,20 @@ CLAIMS = (
     Claim(
         "LoRA: A Gaussian, B zero, merged without latency",
         "the code takes kaiming-uniform A; alpha / r belongs to the formula",
-        "`tests/methods/test_lora.py`",
+        lambda: f"`tests/methods/test_lora.py`; {ran('lora_init')}",
     ),
     Claim(
         "LoRA on attention only, or on all linear layers",
         "the paper: attention; later work: all",
-        "tried by `benchmarks/reproduce/lora_matrices.py`",
+        lambda: ran("lora_matrices"),
     ),
     Claim("q and v together are best", "q, k, v, o at half the rank are at least as good in table 5", lora_counts),
-    Claim("r of 1 to 8 is enough", "in table 6, yes; QLoRA uses 64", "tried by `benchmarks/reproduce/lora_rank.py`"),
-    Claim("h = W x + B A x with r much smaller than d", "right, with alpha / r", "`tests/methods/test_lora.py`"),
+    Claim("r of 1 to 8 is enough", "in table 6, yes; QLoRA uses 64", lambda: ran("lora_rank")),
+    Claim("h = W x + B A x with r much smaller than d", "right, with alpha / r", lora_size),
     Claim(
         "adapters add latency at inference",
         "20 to 30 % at batch 1 in LoRA's table 1",
-        "tried by `benchmarks/reproduce/inference_latency.py`",
+        lambda: ran("inference_latency"),
     ),
     Claim(
         "AdaLoRA prunes singular values by importance",
@@ -235,34 +291,50 @@ CLAIMS = (
     Claim(
         "QLoRA: 4 bit without loss; stores NF4, computes bf16",
         "right for the tested sizes",
-        "`tests/quant/test_linear.py`",
+        lambda: f"`tests/quant/test_linear.py`; {ran('quantised_bases')}",
     ),
     Claim(
         "NF4 is optimal by information theory",
         "the paper's claim; arXiv:2306.06965 disputes it",
-        "`benchmarks/quant_quality.py`",
+        "the errors of claim 30",
     ),
     Claim("double quantisation and paged optimizers", "right", nf4_bits),
-    Claim("NF4 beats FP4, double quantisation costs nothing", "tables 2 to 4", "`benchmarks/quant_quality.py`"),
+    Claim(
+        "NF4 beats FP4, double quantisation costs nothing",
+        "tables 2 to 4",
+        lambda: f"{storage_errors()}; {ran('quantised_bases')}",
+    ),
     Claim("OASST1 for chat, FLAN for MMLU", "63.9 against 62.2 at 65B", PAPER),
     Claim(
         "parallel over sequential, FFN over attention, prefix strong at 0.1 %",
         "right, but n = 30 is more than 0.1 %",
-        prefix_share,
+        lambda: f"{prefix_share()}; {ran('adapter_placement')}",
     ),
-    Claim("MAM with 6.7 % equals full fine-tuning on XSum", "as published; 6.7 % is the count", mam_counts),
+    Claim(
+        "MAM with 6.7 % equals full fine-tuning on XSum",
+        "as published; 6.7 % is the count",
+        lambda: f"{mam_counts()}; {ran('mam_parts')}",
+    ),
     Claim(
         "UniPELT: gated LoRA, prefix and adapter",
         "right; the gate is a mean of sigmoids",
         "`tests/methods/test_gated.py`",
     ),
-    Claim("UniPELT: inference 127 %, training 67 % of full fine-tuning", "published; the counts agree", unipelt_counts),
-    Claim("UniPELT gains most with 100 examples", "table 1: 62.59 against 60.02 for full fine-tuning", PAPER),
+    Claim(
+        "UniPELT: inference 127 %, training 67 % of full fine-tuning",
+        "published; the counts agree",
+        lambda: f"{unipelt_counts()}; {ran('unipelt_times')}",
+    ),
+    Claim(
+        "UniPELT gains most with 100 examples",
+        "table 1: 62.59 against 60.02 for full fine-tuning",
+        lambda: ran("unipelt_low_data"),
+    ),
     Claim("adapters are extra layers, LoRA merges back", "right", "`tests/test_merge.py`"),
     Claim(
         "AdaLoRA: feed-forward layers deserve more rank",
         "figure 3 of the paper",
-        "tried by `benchmarks/reproduce/adalora_budget.py`",
+        lambda: ran("adalora_budget"),
     ),
 )
 
