@@ -62,7 +62,7 @@ def export_merged(
     if quantised and dtype is None:
         raise MergeError(
             f"{len(quantised)} modules are stored quantised ({quantised[0]}, ...), and a plain checkpoint is dense: "
-            'give its dtype, for example to="bf16".'
+            'give its dtype, for example to="bf16", or --dtype bf16 on the command line.'
         )
     merged, before = [], (state.groups, state.batch)
     try:

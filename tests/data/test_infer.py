@@ -90,6 +90,19 @@ def test_prompts_and_conversations(write: Write, bytes_tok: PreTrainedTokenizerB
     assert encoded.reference(0) == ["x"]
 
 
+def test_a_text_is_what_the_user_of_the_training_rows_says(chat_tok: Make, bytes_tok: PreTrainedTokenizerBase) -> None:
+    tok = chat_tok()
+    said, _ = prepare_infer(["2+2?"], tok, "causal-lm", columns={"messages": "conversations"})
+    meant, _ = prepare_infer(
+        [[{"role": "user", "content": "2+2?"}]], tok, "causal-lm", columns={"messages": "messages"}
+    )
+    assert said.prompt_ids(0) == meant.prompt_ids(0)
+    asked = {"instruction": "task", "output": "answer"}
+    short, _ = prepare_infer(["Add."], bytes_tok, "causal-lm", columns=asked)
+    whole, _ = prepare_infer([{"task": "Add.", "answer": "4"}], bytes_tok, "causal-lm", columns=asked)
+    assert short.prompt_ids(0) == whole.prompt_ids(0)
+
+
 def test_a_prompt_keeps_its_length(bytes_tok: PreTrainedTokenizerBase) -> None:
     encoded, _ = prepare_infer(["the quick brown fox"], bytes_tok, "causal-lm", max_length=4)
     assert texts(encoded, bytes_tok) == ["the quick brown fox\n"]

@@ -89,11 +89,14 @@ def _form(reader: Reader, task: str, columns: Mapping[str, str] | None) -> Forma
 def _infer_reader(rows: str | Path | Sequence[Any], task: str, columns: Mapping[str, str]) -> Reader:
     if isinstance(rows, (str, Path)):
         return open_source(str(rows), Reading(documents=False, seed=0, cache_dir=default_cache_dir())).train
-    text = columns.get("text") or columns.get("prompt") or ("text" if task in (SEQUENCE, REGRESSION) else "prompt")
+    by_default = "tokens" if task == TOKEN else "text" if task in (SEQUENCE, REGRESSION) else "prompt"
+    text = next((columns[role] for role in ("text", "prompt", "instruction", "tokens") if role in columns), by_default)
     shaped: list[Any] = []
     for row in rows:
-        if isinstance(row, str):
-            shaped.append({columns.get("tokens", "tokens") if task == TOKEN else text: row})
+        if isinstance(row, str) and "messages" in columns:
+            shaped.append({columns["messages"]: [{"role": "user", "content": row}]})
+        elif isinstance(row, str):
+            shaped.append({text: row})
         elif isinstance(row, Mapping):
             shaped.append(dict(row))
         elif task == TOKEN:
