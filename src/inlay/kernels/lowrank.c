@@ -191,16 +191,22 @@ static void turn(const bf16 *s, int64_t ld, int64_t rows, int64_t cols, bf16 *to
 
 /* y += scale c, or y = scale c, for up to 32 columns. */
 AVX512 static void put(const float *c, int64_t rows, int64_t cols, float scale, int add, bf16 *y, int64_t ld) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    if (cols == 32 && add) {
+        for (int64_t r = 0; r < rows; r++, y += ld, c += 32) {
+            const __m512 low = widened(_mm256_loadu_si256((const __m256i *)y));
+            const __m512 high = widened(_mm256_loadu_si256((const __m256i *)(y + 16)));
+            _mm512_storeu_si512(y, rounded(_mm512_fmadd_ps(factor, _mm512_loadu_ps(c), low),
+                                           _mm512_fmadd_ps(factor, _mm512_loadu_ps(c + 16), high)));
+        }
+        return;
+    }
     const __mmask16 low = first(cols), high = first(cols - 16);
     const __mmask32 both = (__mmask32)low | (__mmask32)high << 16;
-    const __m512 factor = _mm512_set1_ps(scale);
     for (int64_t r = 0; r < rows; r++, y += ld, c += 32) {
-        __m512 a = _mm512_mul_ps(factor, _mm512_loadu_ps(c)), b = _mm512_mul_ps(factor, _mm512_loadu_ps(c + 16));
-        if (add) {
-            const __m512i old = _mm512_maskz_loadu_epi16(both, y);
-            a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(old)));
-            b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(old, 1)));
-        }
+        const __m512i old = add ? _mm512_maskz_loadu_epi16(both, y) : _mm512_setzero_si512();
+        const __m512 a = _mm512_fmadd_ps(factor, _mm512_loadu_ps(c), widened(_mm512_castsi512_si256(old)));
+        const __m512 b = _mm512_fmadd_ps(factor, _mm512_loadu_ps(c + 16), widened(_mm512_extracti64x4_epi64(old, 1)));
         _mm512_mask_storeu_epi16(y, both, rounded(a, b));
     }
 }
@@ -223,11 +229,13 @@ static void down(const job_t *j, const bf16 *a, int64_t ld, int64_t rows, int64_
 static void out(const job_t *j, const bf16 *low, int64_t rows, int64_t N, const bf16 *tiles, float scale, int add, bf16 *y, int64_t ld) {
     const int64_t wide = up(j->R, 32), kt = wide / 32;
     const int rt = (int)(up(rows, 16) / 16);
-    float c[ROWS * 32] __attribute__((aligned(64)));
-    for (int64_t n = 0; n < N; n += 32) {
-        by_rows(j->level, low, wide, tiles + n / 16 * kt * TILE, kt, c, 32, rt);
-        if (n + 16 < N) by_rows(j->level, low, wide, tiles + (n / 16 + 1) * kt * TILE, kt, c + 16, 32, rt);
-        put(c, rows, least(32, N - n), scale, add, y + n, ld);
+    /* Two buffers: what a tile has stored can be read only some time later. */
+    float c[2][ROWS * 32] __attribute__((aligned(64)));
+    for (int64_t n = 0; n < N + 32; n += 32) {
+        float *now = c[n / 32 % 2];
+        if (n < N) by_rows(j->level, low, wide, tiles + n / 16 * kt * TILE, kt, now, 32, rt);
+        if (n + 16 < N) by_rows(j->level, low, wide, tiles + (n / 16 + 1) * kt * TILE, kt, now + 16, 32, rt);
+        if (n) put(c[1 - n / 32 % 2], rows, least(32, N - n + 32), scale, add, y + n - 32, ld);
     }
 }
 
