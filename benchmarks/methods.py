@@ -65,8 +65,6 @@ RAISED = (
 )  # fmt: skip
 """Methods trained once more on the two small bases with ten times the learning rate: their defaults are for models a
 thousand times as large."""
-OTHER_RATES = (("mr", "prefix x4"), ("mr", "prompt x10"))
-"""Where a method did not learn with its default rate: another one, to tell the method from its rate."""
 UNDEFINED = {
     ("headonly", "e2e"): "a language model has no task head",
     ("headonly", "reverse"): "a language model has no task head",
@@ -187,7 +185,6 @@ def cells(chosen: dict[str, Task]) -> Iterator[tuple[str, str]]:
                 yield task, method
         if chosen[task].floor == "untouched":
             yield from ((task, f"{method} x10") for method in RAISED)
-        yield from ((t, method) for t, method in OTHER_RATES if t == task)
 
 
 def measure(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
@@ -249,9 +246,10 @@ def finished(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def floor_of(task: Task, name: str, done: dict[tuple[str, str], dict[str, Any]]) -> float:
     """The score to beat; not a number while it is not measured."""
-    # What a run calls untouched is the model with a fresh adapter; LoRA's changes nothing at the start.
-    row = done.get((name, "lora" if task.floor == "untouched" else task.floor))
-    return float(row["untouched" if task.floor == "untouched" else "held_out"][task.score]) if row else math.nan
+    if task.floor == "untouched":
+        return next((float(row["untouched"][task.score]) for (t, _), row in done.items() if t == name), math.nan)
+    row = done.get((name, task.floor))
+    return float(row["held_out"][task.score]) if row else math.nan
 
 
 def table(chosen: dict[str, Task], done: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
