@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from inlay.errors import QuantizationError
+from inlay.kernels import blocks4_product
 from inlay.quant import FP4, NF4, Linear4, quantize, weight_of
 from inlay.quant.base import BlockQuantization
 
@@ -43,6 +44,13 @@ def theirs(layer: nn.Linear, quant_type: str, double_quant: bool) -> bnb.nn.Line
     return result.to("cpu")
 
 
+@pytest.fixture
+def decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a decoded weight: the same bits as torch's own. Others differ in the order of sums."""
+    monkeypatch.setattr(blocks4_product, "best_form", lambda dtype: None)
+
+
+@pytest.mark.usefixtures("decoded_first")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [NF4(), NF4(double_quant=False), FP4()], ids=str)
 def test_values_gradients_and_state_are_those_of_bitsandbytes(config: BlockQuantization, dtype: torch.dtype) -> None:
@@ -109,7 +117,7 @@ def test_layers_do_not_share_results_through_the_scratch_buffer() -> None:
     grad = torch.autograd.grad(first.sum() + second.square().sum(), x)[0]
     expected = torch.autograd.grad(reference(x).sum() + reference(2 * x).square().sum(), x)[0]
     torch.testing.assert_close(grad, expected)
-    assert torch.equal(first, reference(x))
+    torch.testing.assert_close(first, reference(x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -147,6 +155,7 @@ def test_the_operators_keep_their_contracts() -> None:
     torch.library.opcheck(torch.ops.inlay.linear4_input_grad.default, arguments, test_utils=checks)
 
 
+@pytest.mark.usefixtures("decoded_first")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
 def test_compute_dtype(compute: str) -> None:
     layer = packed(NF4(compute_dtype=compute))

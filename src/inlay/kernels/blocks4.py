@@ -102,21 +102,10 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor, path: Path | None
 
 
 def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) -> bool:
-    library, dtype, nested = _library(), _DTYPES.get(out.dtype), state.nested
+    library, dtype = _library(), _DTYPES.get(out.dtype)
     if library is None or dtype is None:
         return False
-    arguments = (
-        (state.absmax, None, None, 0, 0.0)
-        if nested is None
-        else (
-            nested.absmax,
-            state.absmax,
-            dynamic_table(_CPU),
-            nested.block_size.bit_length() - 1,
-            float(nested.offset),
-        )
-    )
-    absmax, codes, table, nested_shift, offset = arguments
+    absmax, codes, table, nested_shift, offset = scale_arguments(state)
     status = library.inlay_dequantize4(
         packed.data_ptr(),
         out.numel(),
@@ -133,6 +122,15 @@ def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) ->
         _threads(out.numel()),
     )
     return bool(status == 0)
+
+
+def scale_arguments(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, int, float]:
+    """Where C finds the scales of blocks: absmax, or 8-bit codes, their map and the shift to their own scales."""
+    nested = state.nested
+    if nested is None:
+        return state.absmax, None, None, 0, 0.0
+    shift = nested.block_size.bit_length() - 1
+    return nested.absmax, state.absmax, dynamic_table(_CPU), shift, float(nested.offset)
 
 
 @cache

@@ -8,13 +8,15 @@ Shapes: M rows, I features entering, O features leaving.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from inlay.kernels import gemm
 from inlay.kernels.scratch import scratch
+
+if TYPE_CHECKING:
+    from inlay.quant.product import Packed as Stored
 
 Saved = tuple[Tensor | None, ...]
 
@@ -78,17 +80,16 @@ class Packed:
         return packed[:4], packed[4:]
 
     def forward(self, x_MI: Tensor, saved: Saved, layout: Any, bias_O: Tensor | None) -> Tensor:
-        weight_OI = self._decoded(saved, layout, x_MI.dtype)
-        return gemm.linear(x_MI, weight_OI, bias_O if bias_O is None else bias_O.to(x_MI.dtype))
+        return self._stored(saved, layout).linear(x_MI, bias_O)
 
     def input_grad(self, dy_MO: Tensor, saved: Saved, layout: Any) -> Tensor:
-        return gemm.input_grad(dy_MO, self._decoded(saved, layout, dy_MO.dtype))
+        return self._stored(saved, layout).input_grad(dy_MO)
 
     @staticmethod
-    def _decoded(saved: Saved, layout: Any, dtype: torch.dtype) -> Tensor:
+    def _stored(saved: Saved, layout: Any) -> Stored:
         from inlay.quant.product import Packed as Stored
 
-        return Stored._make((*saved, *layout)).scratch(dtype)
+        return Stored._make((*saved, *layout))
 
 
 def storage_of(base: type[nn.Module]) -> Storage | None:

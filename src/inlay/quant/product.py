@@ -2,8 +2,9 @@
 
     y = x Wᵀ + b        dx = dy W        db = Σ dy
 
-W is decoded into a scratch buffer before each product. Autograd keeps the packed bytes, which are there anyway, and
-nothing else. Shapes: B leading dimensions of any number, I in_features, O out_features.
+W is decoded inside the product (`kernels/blocks4_product.py`) or into a scratch buffer before it. Autograd keeps the
+packed bytes, which are there anyway, and nothing else. Shapes: B leading dimensions of any number, M rows (all of them
+as one), I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inlay.kernels import blocks4
+from inlay.kernels import blocks4, blocks4_product, gemm
 from inlay.kernels.scratch import scratch
 from inlay.quant.base import Nested, QuantState
 from inlay.quant.format import BOOKS
@@ -41,6 +41,17 @@ class Packed(NamedTuple):
             nested = Nested(self.nested_absmax, self.nested_offset)
         shape = (self.out_features, self.in_features)
         return QuantState(BOOKS[self.quant_type], self.block_size, shape, dtype, self.absmax, nested)
+
+    def linear(self, x_MI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """y_MO = x Wᵀ + b in the dtype of x, a fresh tensor; not differentiable."""
+        bias_O = None if bias_O is None else bias_O.to(x_MI.dtype)
+        y_MO = blocks4_product.product(x_MI, self.data, self.state(x_MI.dtype), bias_O)
+        return gemm.linear(x_MI, self.scratch(x_MI.dtype), bias_O) if y_MO is None else y_MO
+
+    def input_grad(self, dy_MO: Tensor) -> Tensor:
+        """dx_MI = dy W in the dtype of dy, a fresh tensor; not differentiable."""
+        dx_MI = blocks4_product.product(dy_MO, self.data, self.state(dy_MO.dtype), backward=True)
+        return gemm.input_grad(dy_MO, self.scratch(dy_MO.dtype)) if dx_MI is None else dx_MI
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
         """W_OI in the scratch buffer of this thread: use it at once and keep nothing of it."""
@@ -74,15 +85,13 @@ def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = No
 
 
 def _forward(x_BI: Tensor, bias_O: Tensor | None, packed: Packed) -> Tensor:
-    w_OI = packed.scratch(x_BI.dtype)
     with _no_autocast(x_BI.device.type):
-        return F.linear(x_BI, w_OI, None if bias_O is None else bias_O.to(x_BI.dtype))
+        return packed.linear(x_BI.reshape(-1, x_BI.shape[-1]), bias_O).view(*x_BI.shape[:-1], packed.out_features)
 
 
 def _input_grad(dy_BO: Tensor, packed: Packed) -> Tensor:
-    w_OI = packed.scratch(dy_BO.dtype)
     with _no_autocast(dy_BO.device.type):
-        return dy_BO @ w_OI
+        return packed.input_grad(dy_BO.reshape(-1, dy_BO.shape[-1])).view(*dy_BO.shape[:-1], packed.in_features)
 
 
 def _bias_grad(dy_BO: Tensor, dtype: torch.dtype) -> Tensor:
