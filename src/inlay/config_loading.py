@@ -250,6 +250,28 @@ def build_method(setting: Any) -> Any:
     return mix
 
 
+def method_of_words(entry: str, key: str) -> Any:
+    """The `method` entry that words of a command line describe: `lora`, `lora:rank=64`, `lora:rank=2+prefix`.
+
+    Args:
+        entry: the words.
+        key: what an error calls them.
+
+    Raises:
+        ConfigError: a setting without a value.
+    """
+    parts: list[str | dict[str, Any]] = []
+    for part in entry.split("+"):
+        name, *settings = part.split(":")
+        values = Source()
+        for setting in settings:
+            if "=" not in setting:
+                raise ConfigError(f"{key}: {entry!r}: a setting is written key=value, as in lora:rank=4")
+            values.words([setting])
+        parts.append({"name": name, **values.values} if values.values else name)
+    return parts[0] if len(parts) == 1 else parts
+
+
 def method_name(setting: Any) -> str:
     """The lower-case name of a method entry, `a+b` for a mix."""
     entries = setting if isinstance(setting, list) else [setting]

@@ -258,3 +258,11 @@ def test_what_cannot_be_planned_is_told(options, message):
 def test_a_method_that_cannot_work_is_an_error_where_it_is_the_only_one():
     with pytest.raises(MethodError, match="none"):
         inlay.plan(SMALL, "bitfit")
+
+
+def test_settings_may_follow_a_method():
+    made = inlay.plan(SMALL, ["lora:rank=2:sites=attn.q", "lora"], bases=("bf16",), length=16)
+    assert made.cost("lora:rank=2:sites=attn.q").trained == 2 * 2 * (64 + 64)
+    assert made.cost("lora").trained > 512
+    with pytest.raises(ConfigError, match="key=value"):
+        inlay.plan(SMALL, "lora:rank")

@@ -7,7 +7,7 @@ import typer
 
 def verb(
     model: str = typer.Option(..., "--model", "-m", help="Folder or hub name of the model; only its config is read."),
-    method: list[str] = typer.Option(None, "--method", help="A method, or a mix as lora+prefix; all when absent."),
+    method: list[str] = typer.Option(None, "--method", help="lora, lora:rank=64, lora+prefix; all when absent."),
     base: list[str] = typer.Option(None, "--base", help="How weights are stored: fp32, bf16, int8, nf4, nf4-dq."),
     gpu: str = typer.Option(None, "--gpu", help="Memory of the device, as 24GB: what fits, and how much of it."),
     batch: int = typer.Option(8, "--batch", help="Rows of a step."),

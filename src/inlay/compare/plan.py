@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.config import MethodSetting, RunConfig
-from inlay.config_loading import build_method, load, method_name
+from inlay.config_loading import build_method, load, method_name, method_of_words
 from inlay.errors import ConfigError
 
 LOW_DATA_EPOCHS = 20
@@ -176,22 +176,10 @@ def variants_of(words: str) -> tuple[Variant, ...]:
 
 
 def _variant(entry: str) -> Variant:
-    from inlay.config_loading import Source
-
-    parts: list[str | dict[str, Any]] = []
-    extras = []
-    for part in entry.split("+"):
-        name, *settings = part.split(":")
-        values = Source()
-        for setting in settings:
-            if "=" not in setting:
-                raise ConfigError(f"methods: {entry!r}: a setting is written key=value, as in lora:rank=4")
-            values.words([setting])
-            extras.append(setting)
-        parts.append({"name": name, **values.values} if values.values else name)
-    method: MethodSetting = parts[0] if len(parts) == 1 else parts
+    method = method_of_words(entry, "methods")
+    parts = method if isinstance(method, list) else [method]
     names = [_title(build_method(part)) for part in parts]
-    build_method(method)
+    extras = [setting for part in entry.split("+") for setting in part.split(":")[1:]]
     return Variant(" ".join(["+".join(names), *extras]), method)
 
 

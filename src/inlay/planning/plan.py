@@ -141,7 +141,7 @@ def plan(
 
     Args:
         model: name or folder of a model, or its configuration.
-        method: one method or several, as objects or names; all of them when absent.
+        method: one method or several, as objects or as words (`lora`, `lora:rank=64`, `lora+prefix`); all when absent.
         bases: of "fp32", "bf16", "int8", "nf4", "nf4-dq".
         detail: the base for which both choices of checkpointing and the largest length are worked out. With one method
             they are worked out for all bases.
@@ -198,7 +198,7 @@ def _check(bases: Sequence[str], detail: str, batch: int, length: int, optim: st
 
 
 def _chosen(method: Method | str | Sequence[Method | str] | None) -> list[tuple[str, Method]]:
-    from inlay.config_loading import build_method, method_name
+    from inlay.config_loading import build_method, method_name, method_of_words
 
     if method is None:
         wanted: Sequence[Method | str] = [name for name in methods() if name != "inlay"]
@@ -209,8 +209,8 @@ def _chosen(method: Method | str | Sequence[Method | str] | None) -> list[tuple[
         if isinstance(entry, Method):
             found.append(("+".join(part.spec_name() for part in entry.parts), entry))
         else:
-            parts = entry.split("+")
-            found.append((method_name(parts), build_method(parts)))
+            setting = method_of_words(entry, "method")
+            found.append((entry if ":" in entry else method_name(setting), build_method(setting)))
     names = [name for name, _ in found]
     # Two settings of one method are told apart by their settings.
     return [(repr(m) if names.count(name) > 1 else name, m) for name, m in found]

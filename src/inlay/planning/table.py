@@ -14,13 +14,16 @@ GIB = 1 << 30
 
 
 def gib(count: float) -> str:
-    """Bytes in one unit for all that is compared.
+    """Bytes in one unit for all that is compared, with about three figures.
 
-    >>> gib(3 << 29)
-    '1.50'
+    >>> gib(3 << 29), gib(0), gib(124.58 * 2**30)
+    ('1.50', '0', '125')
     """
     value = count / GIB
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    for least, digits in ((99.5, 0), (9.95, 1), (0.0995, 2)):
+        if value >= least:
+            return f"{value:.{digits}f}"
+    return f"{value:.3f}" if count else "0"
 
 
 def short(count: float) -> str:
@@ -59,7 +62,7 @@ def _title(made: Plan) -> str:
 
 def _overview(made: Plan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     bases = [name for name in BASES if any(c.base == name for c in made.costs)]
     table.caption = "%: of the base; FLOP: each token; time: of full fine-tuning; a column a base: memory in GiB"
     for name in ("trained", "%", "stored", "file", "FLOP", "time", *(BASES[name].title for name in bases)):
@@ -94,15 +97,16 @@ def _splits(made: Plan) -> Iterator[RenderableType]:
     for base in dict.fromkeys(c.base for c in shown):
         table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", padding=(0, 1, 0, 0))
         table.title = f"[bold]on {BASES[base].title}[/], GiB"
-        table.add_column("method", no_wrap=True)
+        table.caption_justify = "left"
+        table.add_column("method", overflow="fold")
         table.add_column("kept?", no_wrap=True)
-        for name in ("weights", "grads", "optim", "activ.", "scratch", "peak", "on the host"):
+        hosts = any(c.host_bytes for c in shown)
+        for name in ("weights", "grads", "optim", "activ.", "scratch", "peak", *["host"] * hosts):
             table.add_column(name, justify="right", no_wrap=True)
         if made.capacity is not None:
-            table.add_column(f"rows of {made.length}", justify="right")
-            table.add_column(f"tokens of {made.batch} rows", justify="right")
-        hosts = any(c.host_bytes for c in shown)
-        table.columns[8].header = "on the host" if hosts else ""
+            table.add_column("rows", justify="right", no_wrap=True)
+            table.add_column("tokens", justify="right", no_wrap=True)
+            table.caption = f"rows: the most of {made.length} tokens that fit; tokens: the most in {made.batch} rows"
         for cost in (c for c in shown if c.base == base):
             memory = cost.memory
             parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.scratch)
@@ -111,7 +115,7 @@ def _splits(made: Plan) -> Iterator[RenderableType]:
                 "no" if cost.checkpointing else "yes",
                 *map(gib, parts),
                 _marked(cost),
-                gib(cost.host_bytes) if hosts else "",
+                *[gib(cost.host_bytes)] * hosts,
             ]
             if made.capacity is not None:
                 longest = "" if cost.largest_length is None else f"{cost.largest_length:,}"
