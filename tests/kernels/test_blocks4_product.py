@@ -65,7 +65,7 @@ def test_both_directions(
     form, dtype = case
     config = (FP4 if fp4 else NF4)(double_quant=nested, block_size=block_size)
     data, state, w_OI = weight(out, features, dtype, config)
-    x_MI, dy_MO, bias_O = (torch.randn(n).to(dtype) for n in ((rows, features), (rows, out), (out,)))
+    x_MI, dy_MO, bias_O = (torch.randn(n).to(dtype) for n in ((rows, 1, features), (rows, 1, out), (out,)))
     y_MO = product(x_MI, data, state, bias_O if bias else None, form=form)
     exact = x_MI.double() @ w_OI.t() + (bias_O.double() if bias else 0)
     assert far(y_MO, exact) < BOUND[dtype]

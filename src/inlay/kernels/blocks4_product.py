@@ -9,7 +9,8 @@ multiplying up to the order of the sums: within 1e-6 of the exact product in fp3
 Which form multiplies follows from the shape, the dtype and the processor alone, never from a measurement, so that a run
 that is resumed, or repeated beside other work, gives the same bits. The number of threads does not change them either.
 
-Shapes: M rows, I features entering, O features leaving; K are summed, N result.
+Shapes: B leading dimensions of any number, M rows (all of them as one), I features entering, O
+features leaving; K are summed, N result.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _agrees(form: Form, dtype: torch.dtype) -> bool:
 
 
 def product(
-    a_MK: Tensor,
+    a_BK: Tensor,
     packed: Tensor,
     state: QuantState,
     bias_O: Tensor | None = None,
@@ -110,15 +111,15 @@ def product(
     """
     O, I = state.shape
     if form is None:
-        if not (a_MK.is_cpu and packed.is_cpu and compiled.enabled()):
+        if not (a_BK.is_cpu and packed.is_cpu and compiled.enabled()):
             return None
-        form = best_form(a_MK.dtype)
-        if form is None or a_MK.shape[0] > MOST_ROWS[form, a_MK.dtype]:
+        form = best_form(a_BK.dtype)
+        if form is None or a_BK.numel() > MOST_ROWS[form, a_BK.dtype] * a_BK.shape[-1]:
             return None
     library = _library()
-    if library is None or I % 64 or O % 32 or state.block_size % 64 or a_MK.numel() == 0:
+    if library is None or I % 64 or O % 32 or state.block_size % 64 or a_BK.numel() == 0:
         return None
-    a_MK = a_MK.contiguous()
+    a_MK = a_BK.reshape(-1, a_BK.shape[-1]).contiguous()
     (M, K), N, dtype = a_MK.shape, I if backward else O, _DTYPES[a_MK.dtype]
     threads = torch.get_num_threads() if max(M, 16) * O * I >= _THREADED_FROM else 1
     workspace = scratch(library.inlay_product4_workspace(M, K, N, dtype, threads), torch.uint8, a_MK.device)
@@ -146,4 +147,4 @@ def product(
         workspace.data_ptr(),
         threads,
     )
-    return out_MN if status == 0 else None
+    return out_MN.view(*a_BK.shape[:-1], N) if status == 0 else None
