@@ -3,8 +3,8 @@
     y = x Wᵀ + b        dx = dy W        db = Σ dy
 
 W is decoded inside the product (`kernels/blocks4_product.py`) or into a scratch buffer before it. Autograd keeps the
-packed bytes, which are there anyway, and nothing else. Shapes: B leading dimensions of any number, I in_features, O
-out_features.
+packed bytes, which are there anyway, and nothing else. Shapes: B leading dimensions of any number, M rows (all of them
+as one), I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Packed(NamedTuple):
         y_BO = blocks4_product.product(x_BI, self.data, self.state(x_BI.dtype), bias_O)
         return gemm.linear(x_BI, self.scratch(x_BI.dtype), bias_O) if y_BO is None else y_BO
 
-    def input_grad(self, dy_BO: Tensor) -> Tensor:
-        """dx_BI = dy W in the dtype of dy, a fresh tensor; not differentiable."""
-        dx_BI = blocks4_product.product(dy_BO, self.data, self.state(dy_BO.dtype), backward=True)
-        return gemm.input_grad(dy_BO, self.scratch(dy_BO.dtype)) if dx_BI is None else dx_BI
+    def input_grad(self, dy_MO: Tensor) -> Tensor:
+        """dx_MI = dy W in the dtype of dy, a fresh tensor; not differentiable."""
+        dx_MI = blocks4_product.product(dy_MO, self.data, self.state(dy_MO.dtype), backward=True)
+        return gemm.input_grad(dy_MO, self.scratch(dy_MO.dtype)) if dx_MI is None else dx_MI
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
         """W_OI in the scratch buffer of this thread: use it at once and keep nothing of it."""
@@ -91,7 +91,7 @@ def _forward(x_BI: Tensor, bias_O: Tensor | None, packed: Packed) -> Tensor:
 
 def _input_grad(dy_BO: Tensor, packed: Packed) -> Tensor:
     with _no_autocast(dy_BO.device.type):
-        return packed.input_grad(dy_BO)
+        return packed.input_grad(dy_BO.reshape(-1, dy_BO.shape[-1])).view(*dy_BO.shape[:-1], packed.in_features)
 
 
 def _bias_grad(dy_BO: Tensor, dtype: torch.dtype) -> Tensor:
