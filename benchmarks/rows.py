@@ -1,18 +1,22 @@
 """Many adapters in one batch: inlay beside PEFT's `adapter_names`, in one interleaved run.
 
     python benchmarks/rows.py [--quick] [--write benchmarks/rows-DATE.md]
+    python benchmarks/rows.py --only decode layer     # some cases; --write then takes the others from their last run
 
-Prints a table of ratios, and writes it as a page. Every variant of a case is timed in turn, round after round; the figure is the median of each
-variant's fastest third, so that a neighbour's burst on a shared machine hits all variants alike and counts for none.
+Prints a table of ratios, and writes it as a page. Every variant of a case is timed in turn, round after round; the
+figure is the median of each variant's fastest third, so that a neighbour's burst on a shared machine hits all variants
+alike and counts for none. What was measured is kept in build/rows.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,6 +35,7 @@ SMALL = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+STATE = Path(__file__).resolve().parent.parent / "build" / "rows.json"
 LINES: list[str] = []
 
 
@@ -159,7 +164,7 @@ def layer(rows: int, width: int, adapters: int, used: int, rounds: int) -> None:
 
 
 def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
-    """K adapters, each on its own rows: one pass for all beside one pass for each."""
+    """K adapters, each on its own rows: one pass for all beside one pass for each, and beside one adapter for all."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).train()
     for i in range(adapters):
@@ -171,16 +176,21 @@ def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
         with inlay.use(model, names):
             model(input_ids=ids, labels=ids).loss.backward()
 
+    def alike() -> None:
+        with inlay.use(model, "a0"):
+            model(input_ids=ids, labels=ids).loss.backward()
+
     def apart() -> None:
         for i in range(adapters):
             with inlay.use(model, f"a{i}"):
                 part = ids[i * rows : (i + 1) * rows]
                 model(input_ids=part, labels=part).loss.backward()
 
-    ms = timed({"together": (nothing, together), "apart": (nothing, apart)}, rounds)
+    ms = timed({"together": (nothing, together), "apart": (nothing, apart), "alike": (nothing, alike)}, rounds)
     say(
         f"training {adapters} adapters, {rows} x {tokens} tokens each   together {ms['together']:.1f} ms  "
-        f"one after another {ms['apart']:.1f} ms   {ms['apart'] / ms['together']:.2f} x as fast"
+        f"one after another {ms['apart']:.1f} ms   {ms['apart'] / ms['together']:.2f} x as fast   "
+        f"one adapter on the whole batch {ms['alike']:.1f} ms"
     )
 
 
@@ -217,12 +227,12 @@ def attaching(adapters: int) -> None:
     )
 
 
-def write(path: str) -> None:
+def write(path: str, lines: list[str]) -> None:
     """The lines as a page."""
     command = f"python benchmarks/rows.py --write {path}"
     head = f"# Many adapters in one batch\n\n`{command}`; medians of each variant's fastest third, interleaved.\n\n"
     with open(path, "w", encoding="utf-8") as file:
-        file.write(head + "```\n" + "\n".join(LINES) + "\n```\n")
+        file.write(head + "```\n" + "\n".join(lines) + "\n```\n")
 
 
 def main() -> None:
@@ -230,19 +240,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few rounds only")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: no barriers on a shared machine)")
     parser.add_argument("--write", metavar="FILE", help="also write the lines as a Markdown page")
+    parser.add_argument("--only", nargs="+", choices=("decode", "layer", "train", "attach"), help="these cases")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds = 6 if options.quick else 30
-    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    decode(16, 8, 1, rounds * 3)
-    decode(16, 8, 64, rounds)
-    layer(32, 1024, 32, 20, rounds * 4)
-    layer(32, 4096, 32, 17, rounds * 4)
-    train(8, 1, 16, rounds)
-    train(8, 4, 128, max(rounds // 5, 3))
-    attaching(64)
+    cases: dict[str, list[Callable[[], None]]] = {
+        "decode": [lambda: decode(16, 8, 1, rounds * 3), lambda: decode(16, 8, 64, max(rounds // 2, 6))],
+        "layer": [lambda: layer(32, 1024, 32, 20, rounds * 4), lambda: layer(32, 4096, 32, 17, rounds * 4)],
+        "train": [lambda: train(8, 1, 16, rounds), lambda: train(8, 4, 128, max(rounds // 5, 3))],
+        "attach": [lambda: attaching(64)],
+    }
+    known: dict[str, list[str]] = json.loads(STATE.read_text()) if STATE.exists() else {}
+    for name in options.only or cases:
+        LINES.clear()
+        say(f"{name}: torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+        for case in cases[name]:
+            case()
+        known[name] = list(LINES)
+        STATE.parent.mkdir(exist_ok=True)
+        STATE.write_text(json.dumps(known, indent=1))
     if options.write:
-        write(options.write)
+        write(options.write, [line for name in cases for line in known.get(name, [f"{name}: not measured"])])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Legend: N rows, T entries a row, I / O features, K adapters, R the largest rank.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -83,7 +83,8 @@ class LoRARows(Rowwise):
         self.sizes = [sum(k == j for k, _ in order) for j in range(len(used))]
         self.width = sum(d.A.shape[0] for d in self.used)
         self.rank = max((d.A.shape[0] for d in self.used), default=0)
-        self._entries: tuple[int, Tensor, Tensor] | None = None
+        self.in_c = bool(used) and compiled.enabled()
+        self._entries: tuple[int, Tensor, Tensor, int] | None = None
 
     def _index(self, prefix: str, deltas: Sequence[LoRADelta], index: Sequence[int]) -> None:
         own = torch.tensor(index)
@@ -105,14 +106,14 @@ class LoRARows(Rowwise):
         Raises:
             AdapterError: the entries are no multiple of the rows.
         """
+        done = self._compiled(x, y)
+        if done is not None:
+            return done
         if self.all_gather.device != x.device:
             self.to(x.device)
         if x.shape[0] % self.rows:
             Rows(tuple(range(self.rows)), self.rows).factor(x.shape[0])
         shape = y.shape
-        done = self._compiled(x, y)
-        if done is not None:
-            return done
         x, y = x.reshape(self.rows, -1, x.shape[-1]), y.reshape(self.rows, -1, shape[-1])
         if torch.compiler.is_compiling():
             deltas, gather, foreign = self.all, self.all_gather, self.all_foreign
@@ -128,35 +129,35 @@ class LoRARows(Rowwise):
 
     def _compiled(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The sum in C, in y itself where nobody else has it; None where it does not apply or would be slower."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.used:
+        # The compiler looks at nothing below, which differs between compositions of a batch.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.in_c:
             return None
-        tokens = x.numel() // (x.shape[-1] * self.rows)
-        plain = x.dtype is torch.float32 is y.dtype and x.is_cpu and x.is_contiguous() and y.is_contiguous()
-        skinny = self.rank <= (MOST if tokens == 1 else SKINNY)
-        library = _library() if plain and skinny and usable(x) and usable(y) and compiled.enabled() else None
-        if library is None or not tokens:
+        if not (x.dtype is torch.float32 is y.dtype and x.is_contiguous() and y.is_contiguous() and x.is_cpu):
             return None
-        A_KRI, B_KRO = self._factors(self.used, x.dtype, stacked=True)
-        order, first = self._segments(tokens)
+        into = x.shape[-1]
+        tokens, rest = divmod(x.numel(), into * self.rows)
+        library = _library() if usable(x) and usable(y) else None
+        if rest or not tokens or self.rank > (MOST if tokens == 1 else SKINNY) or library is None:
+            return None
+        A_KRI, B_KRO = self._factors(self.used, torch.float32, stacked=True)
+        if self._entries is None or self._entries[0] != tokens:
+            self._entries = self._segments(tokens)
+        _, order, first, count = self._entries
         out = y if self.fresh else y.clone()
-        into, rank = x.shape[-1], A_KRI.shape[1]
-        work = order.numel() * rank * (into + y.shape[-1])
-        failed = library.inlay_lora_rows(
-            *(t.data_ptr() for t in (x, out, A_KRI, B_KRO, order, first)),
-            *(len(self.used), rank, into, y.shape[-1]),
-            torch.get_num_threads() if work >= THREADED_FROM else 1,
-        )
+        _, rank, wide = B_KRO.shape
+        threads = torch.get_num_threads() if count * rank * (into + wide) >= THREADED_FROM else 1
+        failed = library(
+            x.data_ptr(), out.data_ptr(), A_KRI.data_ptr(), B_KRO.data_ptr(), order.data_ptr(), first.data_ptr(),
+            len(self.used), rank, into, wide, threads,
+        )  # fmt: skip
         if failed:
             raise RuntimeError(f"inlay_lora_rows cannot take rank {rank}")
         return out
 
-    def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The entries of all rows with an adapter, those of an adapter together, and where each adapter's begin."""
-        if self._entries is None or self._entries[0] != tokens:
-            order = (self.order[:, None] * tokens + torch.arange(tokens)).reshape(-1)
-            ends = torch.tensor([0, *self.sizes]).cumsum(0) * tokens
-            self._entries = tokens, order, ends
-        return self._entries[1:]
+    def _segments(self, tokens: int) -> tuple[int, Tensor, Tensor, int]:
+        """For so many tokens a row: the entries of all rows with an adapter, and where each adapter's begin."""
+        order = (self.order[:, None] * tokens + torch.arange(tokens)).reshape(-1)
+        return tokens, order, torch.tensor([0, *self.sizes]).cumsum(0) * tokens, order.numel()
 
     def _wide(self, x: Tensor, y: Tensor, deltas: Sequence[LoRADelta], foreign: Tensor) -> Tensor:
         A, B = self._factors(deltas, x.dtype, stacked=False)
@@ -196,12 +197,14 @@ class LoRARows(Rowwise):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Callable[..., int] | None:
     library = compiled.load("lora_rows.c")
-    if library is not None:
-        pointer, long = ctypes.c_void_p, ctypes.c_int64
-        library.inlay_lora_rows.argtypes = [*[pointer] * 6, *[long] * 4, ctypes.c_int]
-    return library
+    if library is None:
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    library.inlay_lora_rows.argtypes = [*[pointer] * 6, *[long] * 4, ctypes.c_int]
+    function: Callable[..., int] = library.inlay_lora_rows
+    return function
 
 
 def _make(deltas: Sequence[LoRADelta], dtype: torch.dtype, stacked: bool, steps: int = 1) -> tuple[Tensor, Tensor]:
