@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.anatomy.base import Site
-from inlay.errors import MethodError
+from inlay.errors import MergeError, MethodError
 from inlay.methods.base import Delta, ExtraKV
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ class GatedDelta(Delta):
         z = x if self.reads == "x" else y if self.reads == "y" else x + y
         gated: Tensor = self.gate(z, self.gate.mask(self.padding, z)) * self.inner(x, y)
         return gated
+
+    def weight_delta(self) -> Tensor:
+        raise MergeError("a gate depends on the input, so no weight holds what it scales. Keep it attached.")
 
 
 class GatedKV(ExtraKV):
