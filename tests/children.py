@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,9 +36,11 @@ def fork(act: Callable[[], None], log: Path) -> int:
         traceback.print_exc()
         code = int(getattr(error, "exit_code", 1))
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def wait(child: int) -> int:
@@ -67,3 +70,33 @@ def team(size: int, act: Callable[[int], None], folder: Path) -> list[int]:
 def output(folder: Path, rank: int = 0) -> str:
     """What a process of a team printed."""
     return (folder / f"output-{rank}.log").read_text()
+
+
+KILLED = 9
+
+
+def killed_at(event: int, run: Path, act: Callable[[], None]) -> bool:
+    """Run `act` in a child process that dies at its n-th file operation in `run`; whether it got that far."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(name: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if name.startswith(("open", "os.", "shutil.")) and any(str(run) in str(a) for a in arguments[:2]):
+                seen += 1
+                if seen == event:
+                    os._exit(KILLED)
+
+        try:
+            sys.addaudithook(hook)
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED)
+    return code == KILLED

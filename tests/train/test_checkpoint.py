@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from children import killed_at
 from inlay import folders
 from inlay.errors import CheckpointError
 from inlay.train import checkpoint
 from inlay.train.checkpoint import RunState
 from train.engine import HeadAdapter, Net
-
-KILLED = 9
 
 
 def make(value: float) -> tuple[HeadAdapter, torch.optim.Optimizer]:
@@ -55,33 +52,6 @@ def value_of(folder: Path) -> float:
     moment = optimizer.state_dict()["state"][0]["exp_avg"].unique()
     torch.testing.assert_close(moment, 0.1 * values)
     return float(values)
-
-
-def killed_at(event: int, run: Path, act: Callable[[], None]) -> bool:
-    """Run `act` in a child process that dies at its n-th file operation in `run`; whether it got that far."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork beside threads
-        child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(name: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if name.startswith(("open", "os.", "shutil.")) and any(str(run) in str(a) for a in arguments[:2]):
-                seen += 1
-                if seen == event:
-                    os._exit(KILLED)
-
-        try:
-            sys.addaudithook(hook)
-            act()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, KILLED)
-    return code == KILLED
 
 
 @pytest.mark.parametrize("replaces", [False, True], ids=["new step", "same step again"])

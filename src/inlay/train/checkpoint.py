@@ -191,10 +191,21 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors from any device; tied ones are written each."""
+    """Write tensors from any device; tied ones are written each.
+
+    Raises:
+        OSError: the disk does not take them; safetensors has an error of its own for that.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
+    try:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,22 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
         run = Path(Team(session.accelerator).of_main(str(run)))
         adapter = attach_method(session, ADAPTER, resumed=bool(config.resume))
         _ready_model(session, adapter)
-        return Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
+        with _disk_told(run):
+            return Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
+
+
+@contextlib.contextmanager
+def _disk_told(run: Path) -> Iterator[None]:
+    """A disk that is full or takes nothing is no fault of the program: say where, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO):
+            raise
+        raise TrainingError(
+            f"{run}: {error}. What was written before is whole. Make room, or give back the permission, and go on "
+            f"with: inlay train --resume {run}"
+        ) from error
 
 
 def _batches_per_step(config: RunConfig, run: Path, start: Path | None) -> int | None:
