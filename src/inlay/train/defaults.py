@@ -57,8 +57,8 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     # 0.3 with Adafactor on T5 (arXiv:2104.08691); 1e-3 to 1e-2 with AdamW
     "prompt": _both(Defaults(1e-2), Defaults(1e-2, batch=8)),
     "ptuning": _both(Defaults(1e-3), Defaults(1e-3, batch=8)),
-    # 5e-3 to 1e-2 (arXiv:2110.07602, appendix B)
-    "ptuningv2": _both(Defaults(7e-3), Defaults(5e-3, batch=8)),
+    # 5e-3 to 1e-2 on large models, up to 6e-2 for tagging (arXiv:2110.07602, appendix B)
+    "ptuningv2": _both(Defaults(2e-2), Defaults(5e-3, batch=8)),
     # as full fine-tuning for the difference, its own rate for the gates (arXiv:2012.07463, section 4)
     "diffpruning": _both(Defaults(1e-4), Defaults(5e-5, batch=8)),
     # the usual rate of encoders at this size; decoders are tuned with less
