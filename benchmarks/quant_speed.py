@@ -1,11 +1,12 @@
 """Speed of the quantised base beside bitsandbytes, interleaved in one process, medians and ratios.
 
-    python benchmarks/quant_speed.py [--threads 1] [--repeats 11] [--sizes 2048 4096] [--rows 64 512]
+    python benchmarks/quant_speed.py [--tables quantise decode product layer kept] [--threads 1] [--repeats 11]
+                                     [--sizes 2048 4096] [--rows 64 512]
 
-Three tables: quantising, decoding, and one forward + backward of a linear layer with a LoRA of rank 16 on a 4-bit base
-(input gradient and adapter gradients). The last is measured twice, in fresh processes: with the memory allocator as
-it comes, and told never to give pages back (mallopt), which spares bitsandbytes the page faults of a fresh dense
-weight at every call. The peers of the last table:
+Tables: quantising; decoding; one product with a 4-bit weight, decoded first or in pieces while it is multiplied; one
+forward + backward of a linear layer with a LoRA of rank 16 on a 4-bit base (input gradient and adapter gradients). The
+last is measured in fresh processes, with the memory allocator as it comes (`layer`) or told never to give pages back
+(`kept`), which spares bitsandbytes the page faults of a fresh dense weight at every call. Its columns:
 
     dense            the frozen dense layer alone, forward and backward through it
     peft + bnb       PEFT on Linear4bit as it comes
@@ -17,48 +18,23 @@ weight at every call. The peers of the last table:
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import measure
+
 Row = dict[str, float]
 
 
-def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> Row:
-    """Median milliseconds of each variant, called in turn so that drift meets all alike.
-
-    With one thread it is processor time (user and system), which other processes on the machine disturb least; with
-    more it is wall time.
-    """
-    import torch
-
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for name in variants:
-        variants[name]()
-    for _ in range(repeats):
-        for name, call in variants.items():
-            start = clock()
-            call()
-            times[name].append((clock() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def keep_pages() -> None:
-    """Tell glibc to serve everything from a heap that never shrinks."""
-    libc = ctypes.CDLL("libc.so.6")
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_top_pad, 512 << 20)
+def medians(variants: dict[str, Callable[[], object]], repeats: int) -> Row:
+    """Median milliseconds of each variant, called in turn."""
+    return {name: figures["median"] for name, figures in measure.in_turn(variants, repeats).items()}
 
 
 def quantising(sizes: list[int], repeats: int) -> dict[str, Row]:
@@ -73,7 +49,7 @@ def quantising(sizes: list[int], repeats: int) -> dict[str, Row]:
         for dtype in (torch.float32, torch.bfloat16):
             x = (torch.randn(size, size) * 0.02).to(dtype)
 
-            rows[f"{size}² {str(dtype)[6:]}"] = interleaved(
+            rows[f"{size}² {str(dtype)[6:]}"] = medians(
                 {
                     "bitsandbytes": partial(bnb.quantize_4bit, x, quant_type="nf4"),
                     "inlay": partial(blocks4.quantize, x, NF4_BOOK),
@@ -104,8 +80,43 @@ def decoding(sizes: list[int], repeats: int) -> dict[str, Row]:
                 if path <= blocks4.best_path():
                     name = f"inlay {path.name.lower()}"
                     variants[name] = partial(blocks4.dequantize, packed, state, out, path)
-            rows[f"{size}² {str(dtype)[6:]} nested"] = interleaved(variants, repeats)
+            rows[f"{size}² {str(dtype)[6:]} nested"] = medians(variants, repeats)
             assert torch.equal(out, bnb.dequantize_4bit(data, peer))
+    return rows
+
+
+def products(sizes: list[int], counts: list[int], repeats: int) -> dict[str, Row]:
+    """x Wᵀ and dy W: the dense product, decoding and multiplying, and the fused forms."""
+    import torch
+
+    from inlay.kernels import blocks4, blocks4_product
+    from inlay.quant import NF4
+    from inlay.quant.model import pack
+
+    rows = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        best = blocks4_product.best_form(dtype)
+        forms = [form for form in blocks4_product.Form if best is not None and form <= best]
+        for size in sizes:
+            for count in counts:
+                packed, state = pack((torch.randn(size, size) * 0.02).to(dtype), NF4())
+                w_OI = blocks4.dequantize(packed, state, torch.empty(size, size, dtype=dtype))
+                a_MK = torch.randn(count, size).to(dtype)
+
+                def two_steps(a_MK: Any = a_MK, packed: Any = packed, state: Any = state, w_OI: Any = w_OI) -> Any:
+                    w = blocks4.dequantize(packed, state, w_OI)
+                    return torch.nn.functional.linear(a_MK, w), a_MK @ w
+
+                def fused(form: Any, a_MK: Any = a_MK, packed: Any = packed, state: Any = state) -> Any:
+                    both = (False, True)
+                    return [blocks4_product.product(a_MK, packed, state, None, way, form) for way in both]
+
+                def dense(a_MK: Any = a_MK, w_OI: Any = w_OI) -> Any:
+                    return torch.nn.functional.linear(a_MK, w_OI), a_MK @ w_OI
+
+                variants: dict[str, Callable[[], object]] = {"decoded first, once": two_steps, "dense": dense}
+                variants |= {f"fused {form.name.lower()}": partial(fused, form) for form in forms}
+                rows[f"{count} × {size}² {str(dtype)[6:]}, x Wᵀ and dy W"] = medians(variants, repeats)
     return rows
 
 
@@ -168,7 +179,7 @@ def layer(size: int, rows: int, dtype_name: str, repeats: int) -> Row:
         step(ours)
         del os.environ["INLAY_KERNELS"]
 
-    return interleaved(
+    return medians(
         {
             "dense": lambda: step(frozen),
             "peft + bnb": lambda: step(stock),
@@ -184,39 +195,46 @@ def layers(arguments: argparse.Namespace, pages_kept: bool) -> dict[str, Row]:
     """The layer table from a fresh process."""
     command = [sys.executable, __file__, "--child", "--threads", str(arguments.threads)]
     command += ["--repeats", str(arguments.repeats), "--sizes", *map(str, arguments.sizes)]
-    command += ["--rows", *map(str, arguments.rows), *(["--keep-pages"] if pages_kept else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command += ["--rows", *map(str, arguments.rows)]
+    environment = os.environ | (measure.KEEP_PAGES if pages_kept else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     result: dict[str, Row] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def child(arguments: argparse.Namespace) -> None:
-    if arguments.keep_pages:
-        keep_pages()
-    rows = {}
-    for dtype in ("float32", "bfloat16"):
-        for size in arguments.sizes:
-            for count in arguments.rows:
-                rows[f"{count} × {size}² {dtype}"] = layer(size, count, dtype, arguments.repeats)
-    print(json.dumps(rows))
+    """Measures the layer table and prints it as JSON."""
+    print(
+        json.dumps(
+            {
+                f"{count} × {size}² {dtype}": layer(size, count, dtype, arguments.repeats)
+                for dtype in ("float32", "bfloat16")
+                for size in arguments.sizes
+                for count in arguments.rows
+            }
+        )
+    )
 
 
 def show(title: str, rows: dict[str, Row], base: str) -> None:
-    names = list(next(iter(rows.values())))
-    print(f"\n### {title}\n\n| ms (× {base}) | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    """Prints a table with the ratio to `base` in brackets; rows may have more columns than others."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    print(f"\n### {title}\n\n| ms (× {base}) | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     for label, row in rows.items():
-        cells = [f"{row[n]:.2f}" + ("" if n == base else f" ({row[n] / row[base]:.2f})") for n in names]
-        print(f"| {label} | " + " | ".join(cells) + " |")
+        ratios = {n: "" if n == base else f" ({row[n] / row[base]:.2f})" for n in row}
+        print(f"| {label} | " + " | ".join(f"{row[n]:.2f}{ratios[n]}" if n in row else "" for n in names) + " |")
 
 
 def main() -> None:
+    """Prints the tables that were asked for."""
+    tables = ("quantise", "decode", "product", "layer", "kept")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--keep-pages", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
@@ -226,18 +244,25 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
-    from inlay.kernels import blocks4
+    from inlay.kernels import blocks4, blocks4_product
 
-    load = os.getloadavg()[0]
+    best = [blocks4_product.best_form(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    forms = ", ".join("none" if form is None else form.name.lower() for form in best)
     print(
-        f"torch {torch.__version__}, {arguments.threads} thread(s), best form {blocks4.best_path().name.lower()}",
-        end="",
+        f"torch {torch.__version__}, {arguments.threads} thread(s), decoding {blocks4.best_path().name.lower()}, "
+        f"products in fp32 and bf16: {forms}, load average {os.getloadavg()[0]:.1f}, median of {arguments.repeats}"
     )
-    print(f", load average {load:.1f}, median of {arguments.repeats}")
-    show("Quantising", quantising(arguments.sizes, arguments.repeats), "bitsandbytes")
-    show("Decoding", decoding(arguments.sizes, arguments.repeats), "bitsandbytes")
-    show("LoRA layer, allocator as it comes", layers(arguments, False), "peft + bnb")
-    show("LoRA layer, pages kept (mallopt)", layers(arguments, True), "peft + bnb")
+    sizes, rows, repeats = arguments.sizes, arguments.rows, arguments.repeats
+    if "quantise" in arguments.tables:
+        show("Quantising", quantising(sizes, repeats), "bitsandbytes")
+    if "decode" in arguments.tables:
+        show("Decoding", decoding(sizes, repeats), "bitsandbytes")
+    if "product" in arguments.tables:
+        show("Products", products(sizes, rows, repeats), "decoded first, once")
+    if "layer" in arguments.tables:
+        show("LoRA layer, allocator as it comes", layers(arguments, False), "peft + bnb")
+    if "kept" in arguments.tables:
+        show("LoRA layer, pages kept (mallopt)", layers(arguments, True), "peft + bnb")
 
 
 if __name__ == "__main__":
