@@ -48,6 +48,16 @@ def test_both_directions(level, M, I, O, R, workers, add):
     assert error(dB_OR, 0.5 * dy.T @ s) < 1e-5
     assert error(dA_RI, ds.T @ x) < rounding
     assert error(into, ds @ A + (dx_MI.double() if add else 0)) < rounding
+    wide_OR = draw(7, M, R, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LIBRARY, "level", level)
+        patch.setattr(lowrank, "_workers", lambda work: workers)
+        torch.testing.assert_close(
+            lowrank.cross(x_MI, A_RI, wide_OR).double(),
+            ((x @ A.T) * wide_OR).sum(-1),
+            rtol=1e-4,
+            atol=1e-4 * R * I**0.5,
+        )
     assert torch.equal(again[0], dA_RI)
     assert torch.equal(again[1], dB_OR)
 

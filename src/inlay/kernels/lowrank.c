@@ -294,6 +294,30 @@ static void backward_rows(const job_t *j, int64_t from, int64_t to) {
     free(copy);
 }
 
+/* sums[m] = x[m] Aᵀ B[m]: nothing is rounded on the way. */
+AVX512 static void cross_rows(const job_t *j, int64_t from, int64_t to, float *sums) {
+    const int64_t kt = up(j->I, 32) / 32;
+    bf16 *copy = room(ROWS * up(j->I, 32) * 2);
+    float c[ROWS * 16] __attribute__((aligned(64)));
+    if (j->level == TILES) tiles_begin();
+    for (int64_t m = from; m < to; m += ROWS) {
+        const int64_t rows = least(ROWS, to - m);
+        int64_t ld = j->ldx;
+        const bf16 *x = whole(j->x + m * ld, &ld, rows, j->I, copy);
+        for (int64_t r = 0; r < rows; r++) sums[m + r] = 0.0f;
+        for (int64_t n = 0; n < j->R; n += 16) {
+            by_rows(j->level, x, ld, j->A_tiles + n / 16 * kt * TILE, kt, c, 16, (int)(up(rows, 16) / 16));
+            const __mmask16 some = first(j->R - n);
+            for (int64_t r = 0; r < rows; r++) {
+                const __m512 b = _mm512_maskz_loadu_ps(some, j->B + (m + r) * j->R + n);
+                sums[m + r] += _mm512_reduce_add_ps(_mm512_mul_ps(b, _mm512_loadu_ps(c + r * 16)));
+            }
+        }
+    }
+    if (j->level == TILES) tiles_end();
+    free(copy);
+}
+
 /* ---- entries ---- */
 
 int inlay_lowrank_level(void) {
@@ -321,6 +345,20 @@ int inlay_lowrank_forward(const bf16 *x, int64_t ldx, const float *A, const floa
         if (w * each < M) forward_rows(&job, w * each, least(M, (w + 1) * each));
     free(job.A_tiles);
     free(job.B_tiles);
+    return OK;
+}
+
+/* sums[m] = x[m] Aᵀ B[m], with M rows in both x and B. */
+int inlay_lowrank_cross(const bf16 *x, int64_t ldx, const float *A, const float *B, float *sums, int64_t M, int64_t I,
+                        int64_t R, int level, int workers) {
+    job_t job = {.x = x, .A = A, .B = B, .ldx = ldx, .M = M, .I = I, .O = M, .R = R, .level = level};
+    job.A_tiles = room(up(R, 16) * up(I, 32) * 2);
+    lay_rows(A, R, I, job.A_tiles);
+    const int64_t each = share(M, workers);
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
+    for (int w = 0; w < workers; w++)
+        if (w * each < M) cross_rows(&job, w * each, least(M, (w + 1) * each), sums);
+    free(job.A_tiles);
     return OK;
 }
 
@@ -360,5 +398,6 @@ int inlay_lowrank_backward(const bf16 *dy, int64_t lddy, const bf16 *x, int64_t 
 #else
 int inlay_lowrank_level(void) { return NONE; }
 int inlay_lowrank_forward(void) { return UNSUPPORTED; }
+int inlay_lowrank_cross(void) { return UNSUPPORTED; }
 int inlay_lowrank_backward(void) { return UNSUPPORTED; }
 #endif

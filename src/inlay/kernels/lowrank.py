@@ -32,6 +32,8 @@ _BACKWARD: list[Any] = [
     *[_pointer, _long] * 2, *[_pointer] * 6, _long, ctypes.c_int, *[_long] * 4, ctypes.c_float, *[ctypes.c_int] * 2
 ]  # fmt: skip
 
+_CROSS: list[Any] = [_pointer, _long, *[_pointer] * 3, *[_long] * 3, ctypes.c_int, ctypes.c_int]
+
 
 def fits(rows: Tensor, A_RI: Tensor, B_OR: Tensor) -> bool:
     """Whether the kernel takes rows like these (x, y and dy are alike in that) with these factors."""
@@ -83,6 +85,19 @@ def factor_grads(
     return dA_RI, dB_OR
 
 
+def cross(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """rowsum((W Aᵀ) * B) of shape (O,) in fp32, with A rounded to bf16."""
+    (O, I), R = weight_OI.shape, len(A_RI)
+    sums_O = torch.empty(O, dtype=torch.float32)
+    library = _library()
+    assert library is not None
+    library.inlay_lowrank_cross(
+        *(weight_OI.data_ptr(), weight_OI.stride(0), A_RI.data_ptr(), B_OR.data_ptr(), sums_O.data_ptr()),
+        *(O, I, R, library.level, _workers(O * I)),
+    )
+    return sums_O
+
+
 def _workers(work: int) -> int:
     return torch.get_num_threads() if work >= _THREADED_FROM else 1
 
@@ -91,11 +106,12 @@ class _Library:
     """The compiled functions and which instructions they may use: 1 AVX512-BF16, 2 AMX."""
 
     def __init__(self, library: ctypes.CDLL, level: int) -> None:
-        self.inlay_lowrank_forward, self.inlay_lowrank_backward = (
-            library.inlay_lowrank_forward,
-            library.inlay_lowrank_backward,
-        )
-        self.inlay_lowrank_forward.argtypes, self.inlay_lowrank_backward.argtypes = _FORWARD, _BACKWARD
+        self.inlay_lowrank_forward = library.inlay_lowrank_forward
+        self.inlay_lowrank_backward = library.inlay_lowrank_backward
+        self.inlay_lowrank_cross = library.inlay_lowrank_cross
+        self.inlay_lowrank_forward.argtypes = _FORWARD
+        self.inlay_lowrank_backward.argtypes = _BACKWARD
+        self.inlay_lowrank_cross.argtypes = _CROSS
         self.level = level
 
 

@@ -91,7 +91,7 @@ class DoRADelta(Delta):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             weight_OI = self._weight()
             A_RI, B_OR = self.A.detach().float(), self.B.detach().float()
-            cross_O = (_product(weight_OI, A_RI) * B_OR).sum(-1)
+            cross_O = _cross(weight_OI, A_RI, B_OR)
             gram_O = (B_OR @ (A_RI @ A_RI.mT) * B_OR).sum(-1)
             return root(self._base_O(weight_OI) + 2 * self.scale * cross_O + self.scale**2 * gram_O)
 
@@ -155,8 +155,16 @@ def chunks(weight_OI: Tensor) -> list[Tensor]:
     return list(torch.split(weight_OI, max(1, CHUNK // weight_OI.shape[1])))
 
 
+def _cross(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """rowsum((W Aᵀ) * B), fp32. A bf16 weight is read as it is: x Aᵀ is computed with the same rounded A."""
+    from inlay.kernels import lowrank
+
+    if weight_OI.stride(-1) == 1 and lowrank.fits(weight_OI, A_RI, B_OR):
+        return lowrank.cross(weight_OI, A_RI, B_OR)
+    return (_product(weight_OI, A_RI) * B_OR).sum(-1)
+
+
 def _product(weight_OI: Tensor, A_RI: Tensor) -> Tensor:
-    """W Aᵀ, fp32. A bf16 weight is read as it is: x Aᵀ is computed with the same rounded A."""
     if weight_OI.dtype in (torch.float32, torch.bfloat16):
         return (weight_OI @ A_RI.mT.to(weight_OI.dtype)).float()
     return torch.cat([w.float() @ A_RI.mT for w in chunks(weight_OI)])
