@@ -121,55 +121,28 @@ class _Linear4(torch.autograd.Function):
         return dx_BI, db_O, *([None] * len(packed))
 
 
-@torch.library.custom_op("inlay::linear4", mutates_args=())
-def _linear4_op(
-    x: Tensor,
-    bias: Tensor | None,
-    data: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    layout = (quant_type, block_size, out_features, in_features)
-    return _forward(x, bias, Packed(data, absmax, nested_absmax, nested_offset, *layout))
+_PACKED = (
+    "Tensor data, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "str quant_type, SymInt block_size, SymInt out_features, SymInt in_features"
+)
 
 
-@torch.library.custom_op("inlay::linear4_input_grad", mutates_args=())
-def _input_grad_op(
-    dy: Tensor,
-    data: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    layout = (quant_type, block_size, out_features, in_features)
-    return _input_grad(dy, Packed(data, absmax, nested_absmax, nested_offset, *layout))
+@torch.library.custom_op("inlay::linear4", mutates_args=(), schema=f"(Tensor x, Tensor? bias, {_PACKED}) -> Tensor")
+def _linear4_op(x: Tensor, bias: Tensor | None, *packed: Any) -> Tensor:
+    return _forward(x, bias, Packed(*packed))
 
 
-@torch.library.custom_op("inlay::dequantize4", mutates_args=())
-def _dequantize4_op(
-    data: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    layout = (quant_type, block_size, out_features, in_features)
-    packed = Packed(data, absmax, nested_absmax, nested_offset, *layout)
-    w_OI = torch.empty(out_features, in_features, dtype=dtype, device=data.device)
-    return blocks4.dequantize(data, packed.state(dtype), w_OI)
+@torch.library.custom_op("inlay::linear4_input_grad", mutates_args=(), schema=f"(Tensor dy, {_PACKED}) -> Tensor")
+def _input_grad_op(dy: Tensor, *packed: Any) -> Tensor:
+    return _input_grad(dy, Packed(*packed))
+
+
+@torch.library.custom_op("inlay::dequantize4", mutates_args=(), schema=f"({_PACKED}, ScalarType dtype) -> Tensor")
+def _dequantize4_op(data: Tensor, *rest: Any) -> Tensor:
+    *packed, dtype = rest
+    layout = Packed(data, *packed)
+    w_OI = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=data.device)
+    return blocks4.dequantize(data, layout.state(dtype), w_OI)
 
 
 @_dequantize4_op.register_fake
