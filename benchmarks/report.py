@@ -177,18 +177,13 @@ def targets(lines: list[Line]) -> str:
         row(
             f"DoRA {short} step / our LoRA",
             1.1,
-            lambda dora=dora, lora=lora: None if dora is None or lora is None else relative(dora) / relative(lora),
+            lambda dora=dora: ratio(dora, lambda c: step(c, "inlay LoRA")),
         )
     row("LoRA on one projection, one row: added", 12, lambda: one_row(lines, "inlay LoRA"), " µs")
     row("attach to 168 projections, anatomy known", 40, lambda: handled("inlay: attach adapter 2"), " ms")
     row("attach to 168 projections, first time", 400, lambda: handled("inlay: attach, anatomy unknown"), " ms")
     row("save with fsync", 73, lambda: handled("inlay: save, with fsync"), " ms")
     return table(["aim", "at most", "measured", "met"], rows)
-
-
-def relative(line: Line) -> float:
-    """inlay's step beside the frozen model's in the same cell, so that cells can be compared."""
-    return step(line, "inlay") / step(line, "frozen")
 
 
 def one_row(lines: list[Line], name: str) -> float | None:

@@ -5,13 +5,15 @@
     python benchmarks/run.py --minutes 3      # goes on where it stopped; again until it says that all is done
 
 Each cell runs in a fresh process and measures all variants in turn: same model, data, seed, dtype, targets, rank and
-optimizer (`variants.py`). Finished cells stand in `<out>/cells.jsonl`, one line each; delete a line, or the file, to
-measure again. The report, `benchmarks/<date>-<machine>.md` with a plot, is written from what is there.
+optimizer (`variants.py`). Finished cells stand in `<out>/cells.jsonl`, one line each, with a digest of the code that was
+measured: cells of other code are measured again. The report, `benchmarks/<date>-<machine>.md` with a plot, is written from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,17 +42,18 @@ def cells(quick: bool) -> list[Cell]:
         found = [steps("lora", "small", dtype, 5) for dtype in ("float32", "bfloat16")]
         found += [steps(method, "small", "float32", 5) for method in ("qlora", "dora", "adalora", "ia3", "prefix")]
         return [*found, moments("handling", 1), moments("one row", 20)]
-    found = [steps("lora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
-    found += [steps("lora", size, dtype, 25) for size in ("tiny", "small") for dtype in ("float32", "bfloat16")]
-    found += [moments("handling", 5), moments("one row", 100), moments("imports", 3)]
-    found += [steps("qlora", "large", dtype, 7) for dtype in ("float32", "bfloat16")]
-    found += [steps("lora", "large", dtype, 7, dropout=0.05) for dtype in ("float32", "bfloat16")]
+    both = (("float32", 5), ("bfloat16", 7))  # dtypes, and repeats at the large size
+    found = [steps("lora", "large", dtype, repeats) for dtype, repeats in both]
+    found += [steps("lora", size, dtype, 25) for size in ("tiny", "small") for dtype, _ in both]
+    found += [moments("handling", 5), moments("one row", 100), moments("imports", 2)]
     others = [m for m in METHODS if m not in ("lora", "qlora")]
-    found += [steps(method, "large", "bfloat16", 9) for method in others]
-    found += [steps(method, "small", "float32", 15) for method in (*others, "qlora")]
-    found += [steps("dora", "large", "float32", 5)]
+    found += [steps(method, "large", "bfloat16", 5) for method in others]
+    found += [steps("qlora", "large", dtype, repeats) for dtype, repeats in both]
+    found += [steps("lora", "large", dtype, repeats, dropout=0.05) for dtype, repeats in both]
+    found += [steps(method, "small", "float32", 9) for method in (*others, "qlora")]
+    found += [steps("dora", "large", "float32", 3)]
     for method in ("lora", "qlora"):
-        found += [steps(method, "large", dtype, 5, pages="kept") for dtype in ("float32", "bfloat16")]
+        found += [steps(method, "large", dtype, 5, pages="kept") for dtype, _ in both]
     for dtype in ("float32", "bfloat16"):
         found += [steps("lora", "large", dtype, 3, only=name) for name in NAMES]
     return found
@@ -70,9 +73,31 @@ def measure(cell: Cell, threads: int) -> dict[str, Any]:
     return found
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished cells."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+MEASURED = ("kernels", "hosts", "methods", "quant", "anatomy", "formats")
+"""Folders of inlay that a cell runs through, with the files beside them; not training, planning, the command line."""
+
+
+def code() -> str:
+    """A digest of what is measured and of what measures it."""
+    spec = importlib.util.find_spec("inlay")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    files = [
+        *root.glob("*.py"),
+        *(f for name in MEASURED for f in (root / name).rglob("*") if f.suffix in (".py", ".c")),
+    ]
+    files += [HERE / name for name in ("steps.py", "variants.py", "limit.py", "moments.py", "measure.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read(path: Path, digest: str) -> list[dict[str, Any]]:
+    """The finished cells of this code."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line.get("code") == digest]
 
 
 def main() -> None:
@@ -88,21 +113,21 @@ def main() -> None:
     path = options.out / ("quick.jsonl" if options.quick else "cells.jsonl")
     if options.quick:
         path.unlink(missing_ok=True)
-    wanted, start = cells(options.quick), time.monotonic()
+    wanted, start, digest = cells(options.quick), time.monotonic(), code()
     for number, cell in enumerate(wanted, 1):
-        if options.report or any(line["cell"] == cell for line in read(path)):
+        if options.report or any(line["cell"] == cell for line in read(path, digest)):
             continue
         if time.monotonic() - start > 60 * options.minutes:
             break
         begun = time.monotonic()
         result = measure(cell, options.threads)
         with path.open("a") as file:
-            file.write(json.dumps({"cell": cell, "machine": machine(), **result}) + "\n")
+            file.write(json.dumps({"cell": cell, "code": digest, "machine": machine(), **result}) + "\n")
         label = " ".join(str(v) for k, v in cell.items() if k not in ("script", "repeats"))
         print(f"{number:3}/{len(wanted)}  {label:40} {time.monotonic() - begun:5.1f} s", flush=True)
     from report import text, write
 
-    done = read(path)
+    done = read(path, digest)
     missing = [cell for cell in wanted if not any(line["cell"] == cell for line in done)]
     if options.quick:
         print(text(done, missing, None))

@@ -34,6 +34,8 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
             made[name] = variants.make(name, method, size, dtype, spec.get("dropout", 0.0))
         except NotImplementedError:
             continue
+    if method == "dora":  # what its extra work is measured against
+        made["inlay LoRA"] = variants.make("inlay", "lora", size, dtype, spec.get("dropout", 0.0))
     same = check(made, method, spec.get("dropout", 0.0))
     loads = [load()]
     for _ in range(spec["repeats"] + 1):
