@@ -106,6 +106,20 @@ def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch, family, kind, va
     assert loaded.trained_parameters == swept.rows[0]["trained_parameters"]
 
 
+def test_prefixes_of_a_sweep_start_from_words_as_alone(world, tmp_path, monkeypatch):
+    sizes = counted(monkeypatch)
+    method = ["method={name: prefix, length: 3}", "init_text=the red cat"]
+    space = Space.of([*words(world, "llama", "prompted"), *method, "learning_rate=1e-3,5e-3"])
+    sweep(None, space, space.grid(), output_dir=str(tmp_path / "sweep"), quiet=True)
+    assert set(sizes) == {2}
+    point = space.grid()[1]
+    alone = train(load(None, [*space.fixed, *point.words], {"output_dir": str(tmp_path / "alone")}), quiet=True)
+    assert_same_run(tmp_path / "sweep" / point.name, alone.run)
+    plain = [word for word in space.fixed if not word.startswith("init_text")]
+    other = train(load(None, [*plain, *point.words], {"output_dir": str(tmp_path / "other")}), quiet=True)
+    assert other.state.last["loss"] != pytest.approx(alone.state.last["loss"], abs=1e-4)
+
+
 def test_what_cannot_share_runs_alone(world, tmp_path, monkeypatch):
     """A method with dropout of its own, and one that needs other batches, beside two that share."""
     sizes = counted(monkeypatch)

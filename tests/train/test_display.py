@@ -110,6 +110,34 @@ def test_trackers_get_the_numbers_under_their_split(monkeypatch, tmp_path, name)
     assert (tmp_path / "metrics.jsonl").exists()
 
 
+def test_tensorboard_writes_into_the_run_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for tracker in trackers.open_trackers(["tensorboard"], tmp_path, {"seed": 1}):
+        tracker.log({"split": "eval", "step": 3, "accuracy": 0.25, "note": "text"})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("eval/accuracy")] == [(3, 0.25)]
+
+
+def test_mlflow_gets_the_numbers_and_the_settings(monkeypatch, tmp_path):
+    calls: list[Any] = []
+
+    class Fake:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments, **keys: calls.append((name, *arguments, *keys.values()))
+
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", Fake())
+    for tracker in trackers.open_trackers(["mlflow"], tmp_path, {"seed": 1}):
+        tracker.log({"split": "train", "step": 2, "loss": 0.5})
+        tracker.close()
+    assert calls == [
+        ("set_experiment", "inlay"), ("start_run", tmp_path.name), ("log_params", {"seed": "1"}),
+        ("log_metrics", {"train/loss": 0.5}, 2), ("end_run",),
+    ]  # fmt: skip
+
+
 def test_nothing_but_the_file_by_default(tmp_path):
     opened = trackers.open_trackers([], tmp_path, {})
     assert [type(tracker).__name__ for tracker in opened] == ["JsonLines"]
