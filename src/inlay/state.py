@@ -13,6 +13,7 @@ from inlay.errors import AdapterError, nearest
 from inlay.hosts.base import Host
 from inlay.hosts.embedding import Serving, serving
 from inlay.hosts.model import hosts_rows
+from inlay.hosts.rerun import Plans
 from inlay.padding import Padding
 from inlay.route import Group, Names, RowSpec, as_names, everyone, per_row
 
@@ -35,6 +36,7 @@ class State:
     merged: list[str] = field(default_factory=list)
     padding: Padding = field(default_factory=Padding)
     serving: Serving | None = None
+    rerunning: Plans | None = None
 
     def activate(self, groups: tuple[Group, ...], batch: int | None = None) -> None:
         """Makes these groups the route: every host plans once, no host decides anything during a forward pass.
@@ -45,6 +47,7 @@ class State:
         if self.merged:
             first = tuple(self.merged)
             groups = tuple(Group(first + tuple(n for n in g.names if n not in first), g.rows) for g in groups)
+        self.rerunning = None
         plans = [(module, type(module).make_plan(module._inlay, groups)) for module in self._hosted()]
         for module, plan in plans:
             module._inlay.plan = plan
@@ -99,8 +102,8 @@ def use(model: nn.Module, rows: RowSpec | Sequence[RowSpec]) -> Use:
     _refuse_without_merged(state, groups)
     before = state.groups, state.batch
     state.activate(groups, batch)
-    if batch is not None:
-        hosts_rows(model)
+    if batch is not None or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        hosts_rows(model)  # it sees that blocks which run again do so with the plans of their own pass
     return Use(state, before)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.errors import AdapterError
 from inlay.hosts.base import Host, Hosted, follow_dispatch, hosted_class
+from inlay.hosts.rerun import remember, restore
 from inlay.hosts.saving import SavingHost, leave
 from inlay.padding import Padding
 from inlay.route import Group
@@ -128,10 +129,15 @@ def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if state.batch is not None and not generating:
         check_rows(state.batch, args, kwargs)
 
+    restore(state)
+
     def run(**given: Any) -> Any:
-        state.padding.set(given.get("attention_mask"))
+        mask = given.get("attention_mask")
+        state.padding.set(mask)
         try:
-            return frozen(**given)
+            result = frozen(**given)
+            remember(state, mask, result)
+            return result
         except IndexError as error:
             raise AdapterError(
                 f"{type(model).__name__} cannot index something by these rows ({error}): either virtual tokens make "
@@ -143,9 +149,12 @@ def _forward(model: Any, frozen: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     serving = state.serving
     if serving is None:
-        state.padding.set(_named(model.takes, args, kwargs).get("attention_mask"))
+        mask = _named(model.takes, args, kwargs).get("attention_mask")
+        state.padding.set(mask)
         try:
-            return frozen(*args, **kwargs)
+            result = frozen(*args, **kwargs)
+            remember(state, mask, result)
+            return result
         finally:
             state.padding.forget()
     given = _named(model.takes, args, kwargs)
