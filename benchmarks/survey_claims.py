@@ -55,17 +55,9 @@ def share(kind: type, config: object, method: inlay.Method) -> str:
     return f"{adapter.stored_parameters:,} = {100 * adapter.stored_parameters / base:.3f} %"
 
 
-def bias_share() -> str:
-    """BitFit on BERT base and large."""
-    return "; ".join(
-        f"{name} {share(transformers.BertModel, config, inlay.BitFit())}"
-        for name, config in (("base", BertConfig(vocab_size=28996)), ("large", BERT_LARGE))
-    )
-
-
-def bias_subset() -> str:
-    """Query and intermediate biases alone."""
-    method = inlay.BitFit(sites=("attn.q", "ffn.up"))
+def bias_share(*sites: str) -> str:
+    """BitFit on BERT base and large, all biases or those of some sites."""
+    method = inlay.BitFit(sites=sites or None)
     return "; ".join(
         f"{name} {share(transformers.BertModel, config, method)}"
         for name, config in (("base", BertConfig(vocab_size=28996)), ("large", BERT_LARGE))
@@ -215,7 +207,7 @@ CLAIMS = (
     Claim(
         "query and intermediate biases move most and suffice",
         "the code supports the subset",
-        lambda: f"{bias_subset()}; {ran('bitfit_profile')}",
+        lambda: f"{bias_share('attn.q', 'ffn.up')}; {ran('bitfit_profile')}",
     ),
     Claim(
         "diff pruning saves no training memory",

@@ -143,7 +143,7 @@ def facts_of(comparison: Comparison) -> dict[str, Any]:
     """What stands above the table: model, data, machine, settings."""
     template = comparison.plan.template
     data = template.data if isinstance(template.data, str) else ", ".join(template.data)
-    shown = Path(data).name or data
+    shown = "Python's docstrings" if data == "demo" else Path(data).name or data
     record = next((r for r in comparison.records if not r.error), None)
     facts: dict[str, Any] = {"title": f"Fine-tuning {Path(template.model).name} on {shown}", "what": ""}
     if record is None:

@@ -72,7 +72,10 @@ def low_data(rows: Sequence[Row]) -> str:
                 if spread is not None:
                     axes.plot([count, count], [mean - spread, mean + spread], color=family_of(row.key)[1], linewidth=1)
         axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
 
+    counts = sorted({count for row in sound for count in row.low})
     figure = _panels(sound, draw, "rows to train on", sound[0].first.metric)
     return _svg(figure, "Held-out quality by number of training rows for each method")
 
@@ -80,22 +83,28 @@ def low_data(rows: Sequence[Row]) -> str:
 def times(rows: Sequence[Row]) -> str:
     """Training time and inference time beside their yardsticks; empty where neither was measured."""
     sound = _sound(rows)
-    marks: list[tuple[str, dict[str, float]]] = []
+    marks: list[tuple[str, dict[str, float], dict[str, float]]] = []
     if any(row.time is not None for row in sound):
-        marks.append(("training step, full fine-tuning = 1", {r.label: r.time for r in sound if r.time is not None}))
+        known = {r.label: r.time for r in sound if r.time is not None}
+        marks.append(("training step, full fine-tuning = 1", known, {}))
     for figure in dict.fromkeys(f for row in sound for f in row.inference):
-        found = {row.label: row.inference[figure]["unmerged"] for row in sound if figure in row.inference}
-        marks.append((f"inference, {figure}, base = 1", found))
+        modes = (
+            {row.label: row.inference[figure][mode] for row in sound if mode in row.inference.get(figure, {})}
+            for mode in ("unmerged", "merged")
+        )
+        marks.append((f"inference, {figure}, base = 1", *modes))
     if not marks:
         return ""
     figure = _figure(9.6, 0.8 + 0.24 * len(sound))
     panels = figure.subplots(1, len(marks), sharey=True, squeeze=False)[0]
     order = list(reversed(sound))
-    for axes, (title, values) in zip(panels, marks, strict=True):
+    for axes, (title, values, merged) in zip(panels, marks, strict=True):
         for y, row in enumerate(order):
             if row.label in values:
                 axes.plot([1, values[row.label]], [y, y], color=GRID, linewidth=1.2, zorder=1)
                 axes.plot(values[row.label], y, "o", color=family_of(row.key)[1], markersize=5.5)
+            if row.label in merged:
+                axes.plot(merged[row.label], y, "o", color=family_of(row.key)[1], markersize=5.5, fillstyle="none")
         axes.axvline(1, color=INK, linewidth=0.8)
         axes.set_title(title, fontsize=9)
         axes.set_yticks(range(len(order)), [row.label for row in order])
@@ -105,8 +114,13 @@ def times(rows: Sequence[Row]) -> str:
 
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Quality against trained parameters as a PNG on white."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+
     figure = _scatter(_sound(rows))
     for artist in figure.findobj():
+        if isinstance(artist, Text):
+            artist.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         for get, put in (("get_color", "set_color"), ("get_edgecolor", "set_edgecolor")):
             value = getattr(artist, get, lambda: None)()
             if isinstance(value, str) and value in (INK, GRID):
@@ -153,7 +167,7 @@ def _line(axes: Any, points: Sequence[tuple[float, float]], row: Row, highlighte
 
 def _panels(rows: Sequence[Row], draw: Callable[[Any, Row, bool], None], across: str, up: str) -> Any:
     """Small multiples with common axes: one panel a row, all other rows in grey behind it."""
-    columns = min(5, len(rows))
+    columns = min(len(rows), min((5, 6, 4), key=lambda count: -len(rows) % count))  # as few empty places as can be
     lines = math.ceil(len(rows) / columns)
     figure = _figure(9.6, 0.5 + 1.55 * lines)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)

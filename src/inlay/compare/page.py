@@ -27,8 +27,8 @@ p { max-width: 58rem; margin: .4rem 0; }
 .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
 ul { max-width: 58rem; padding-left: 1.2rem; margin: .6rem 0; }
 .wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; min-width: 100%; }
+th, td { padding: .32rem .42rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
@@ -40,8 +40,12 @@ td.best { background: var(--best); }
 td.text { white-space: normal; text-align: left; min-width: 12rem; }
 code { font-size: .82rem; overflow-wrap: anywhere; }
 i.dot { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; margin-right: .45rem; }
-figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; max-width: 72rem; }
+figure { margin: .8rem 0; overflow-x: auto; }
+figure svg { width: 100%; height: auto; max-width: 72rem; min-width: 42rem; }
+figure svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 2.5px; stroke-linejoin: round; }
 """
+
+TIMES = "Medians. Filled: the adapter beside the base; rings: merged into it, where that is exact."
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable"))
@@ -86,7 +90,7 @@ def page(comparison: Comparison, facts: Mapping[str, Any]) -> str:
             parts.append(_figure("Little data", low, "Samples are drawn anew for each seed; the held-out rows stay."))
             parts.append(_low_table(sound))
         if times := figures.times(rows):
-            parts.append(_figure("Time", times, "Medians. The adapter stands beside the base, not merged into it."))
+            parts.append(_figure("Time", times, TIMES))
         parts += ["<h2>Settings</h2>", _settings(sound)]
     today = datetime.date.today().isoformat()
     parts.append(f'<p class="soft">Written by <code>inlay compare</code> on {today}.</p>')

@@ -106,6 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if weights_N is not None:
                     dz_nV.mul_(weights_N[rows, None])
                 dh_NI[rows] = gemm.input_grad(dz_nV.to(h_NI.dtype), weight_VI)
+                del z_nV, dz_nV  # else they stay while the next piece is made
         ctx.save_for_backward(dh_NI)
         ctx.mark_non_differentiable(loss_N, right_N)
         total = loss_N.sum() if weights_N is None else (loss_N * weights_N).sum()
