@@ -3,7 +3,7 @@
     make coverage                                    # all text architectures
     make coverage ARGS="--only LlamaConfig T5Config"
     make coverage ARGS="--methods lora prefix --resume"
-    make coverage ARGS="--other"                     # vision and speech, reported apart
+    make coverage ARGS="--other"                     # vision and speech, reported apart in benchmarks/
 
 For each configuration class a tiny random model is built (see zoo.py). Each method must then: leave the output as it was
 where the method promises that; give every adapter tensor a gradient; change the output with one optimizer step; give
@@ -140,12 +140,13 @@ def main() -> None:
         print(f"{len(names) - len(results)} classes are left; go on with --resume")
         return
     ordered = [results[n] for n in sorted(results)]
-    text = report(ordered, chosen)
-    if partial or options.other:
+    text = report(ordered, chosen, other=options.other)
+    if partial:
         print(text)
-    else:
-        REPORT.write_text(text, encoding="utf-8")
-        print(f"wrote {REPORT.relative_to(ROOT)}")
+        return
+    page = ROOT / "benchmarks" / f"coverage-other-{datetime.date.today()}.md" if options.other else REPORT
+    page.write_text(text, encoding="utf-8")
+    print(f"wrote {page.relative_to(ROOT)}")
 
 
 def _read(path: Path, chosen: list[str]) -> dict[str, Result]:
@@ -382,20 +383,28 @@ def compare(after: dict[str, Any], before: dict[str, Any]) -> None:
             raise Failed(f"removing it leaves other {what} behind")
 
 
-def report(results: list[Result], chosen: list[str]) -> str:
-    """docs/coverage.md."""
+TITLE = """# Coverage
+
+Which method works on which architecture, written by `make coverage` (benchmarks/coverage.py says what is checked).
+One tiny random model for each configuration class in transformers' mappings for causal, sequence-to-sequence and
+masked language modelling and sequence classification."""
+OTHER_TITLE = """# Coverage: vision and speech
+
+The same checks as docs/coverage.md, written by `make coverage ARGS=--other`: one tiny random model for each configuration
+class in transformers' mappings for image and audio classification, CTC and speech recognition. No promise is made for
+these models; convolutional networks, which have no attention and few projections, are among them."""
+
+
+def report(results: list[Result], chosen: list[str], *, other: bool = False) -> str:
+    """docs/coverage.md, or the page on other models."""
     ran = [r for r in results if r.outcomes]
     attends = [r for r in ran if r.attention]
     full = [r for r in attends if r.attention != "other"]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "torch"))
     lines = [
-        "# Coverage",
+        OTHER_TITLE if other else TITLE,
         "",
-        "Which method works on which architecture, written by `make coverage` (benchmarks/coverage.py says what is checked).",
-        "One tiny random model for each configuration class in transformers' mappings for causal, sequence-to-sequence and",
-        "masked language modelling and sequence classification.",
-        "",
-        f"* {datetime.date.today()}, `python benchmarks/coverage.py --jobs 1`",
+        f"* {datetime.date.today()}, `python benchmarks/coverage.py{' --other' if other else ''} --jobs 1`",
         f"* {versions}, Python {platform.python_version()}, {platform.machine()}",
         f"* {len(results)} configuration classes, {len(ran)} run a tiny forward pass",
         f"* {len(attends)} of these attend: {_count(ran, 'interface')} through transformers' attention interface, "
@@ -415,8 +424,8 @@ def report(results: list[Result], chosen: list[str]) -> str:
         "",
         f"Methods that need an attention ({', '.join(KEYS)}) count the classes that attend; {len(full)} of those have a softmax",
         "over all keys. HeadOnly counts the classes that can classify. A refusal is an error that names the reason;",
-        "it leaves the model as it was. Parts of a model that the text inputs of this sweep do not reach (image towers, unused",
-        "experts) need no gradient.",
+        "it leaves the model as it was. Parts of a model that the inputs of this sweep do not reach (image towers, unused experts)",
+        "need no gradient.",
         "",
         "## Refusals and failures",
         "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,3 +209,33 @@ def test_a_softmax_that_gives_the_keys_no_gradient_is_refused() -> None:
     whole(x).sum().backward()
     with pytest.raises(AttachmentError, match="autograd function of its own"):
         whole.train()(x)
+
+
+class Pair(NamedTuple):
+    """What some modules return."""
+
+    hidden: Tensor
+    other: int
+
+
+def test_a_named_tuple_stays_one() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Pair:
+            return Pair(self.a(x), 7)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).hidden * self.inner(x).other
+
+    model, x = Outer(), torch.randn(3, 4)
+    base = model(x)
+    inlay.attach(model, inlay.Bottleneck(size=2, sites="inner"), example={"x": x})
+    assert torch.equal(model(x), base)

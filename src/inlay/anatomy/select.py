@@ -138,7 +138,7 @@ def _heads_site(anatomy: Anatomy, block: Block, attention: Attention, name: str)
 def _attention_sites(anatomy: Anatomy, block: Block, a: Attention, name: str, what: str) -> list[Site]:
     if what in ("q", "k", "v"):
         ports: tuple[Port, ...] = getattr(a, what)
-        return [_leaf_site(anatomy, p.leaf, name, block, p.columns) for p in ports]
+        return [_leaf_site(anatomy, p.leaf, name, block, p.columns) for p in ports if not anatomy.leaf(p.leaf).dead]
     if a.o is None or a.o_end is None:
         # No projection takes the result: the module itself is the only place where it can be met.
         return [] if what == "o" or a.path not in anatomy.modules else _span(anatomy, block, name, what, _whole(a))

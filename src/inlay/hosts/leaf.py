@@ -291,7 +291,7 @@ def _one(acts: Acts, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dic
     frozen = y
     for act in acts.leaving:
         y = act(_source(act, x), y, frozen)
-    return y if more is None else (y, *more)
+    return y if more is None else _rejoined(y, more)
 
 
 def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -302,7 +302,7 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
         for step in plan.together:
             out = step(x, y)
             y = out if out.dtype == y.dtype else out.to(y.dtype)
-        return y if more is None else (y, *more)
+        return y if more is None else _rejoined(y, more)
     # An adapter may serve several groups, beside others in each; its span is taken once for all of them.
     spans = {a.span for g in plan.groups for a in (*g.entering, *g.through, *g.leaving) if a.span}
     sources = {span: span.take() for span in spans}
@@ -343,7 +343,7 @@ def _many(plan: Plan, base: Frozen, x: Tensor, rest: tuple[Any, ...], kwargs: di
             parts[i] = act(source(act, group.rows, xs[i]), parts[i], frozen)
     _serve(plan, None)
     y = join(plan.joins, parts)
-    return y if more is None else (y, *more)
+    return y if more is None else _rejoined(y, more)
 
 
 def _serve(plan: Plan, rows: Rows | None) -> None:
@@ -376,8 +376,15 @@ def _source(act: Act, x: Tensor) -> Tensor:
     return x if act.span is None else act.span.take()
 
 
-def _split(y: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
-    return (y[0], tuple(y[1:])) if isinstance(y, tuple) else (y, None)
+def _split(result: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """What a module gives first, and all that it gives where that is more."""
+    return (result[0], result) if isinstance(result, tuple) else (result, None)
+
+
+def _rejoined(y: Tensor, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The result with y in the first place, as the same kind of tuple."""
+    parts = y, *result[1:]
+    return type(result)._make(parts) if hasattr(result, "_make") else parts
 
 
 __all__ = ["Act", "Acts", "LeafHost", "Plan", "add_columns", "take_columns"]
