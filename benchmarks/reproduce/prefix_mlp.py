@@ -1,6 +1,6 @@
 """A prefix trained directly is less stable and worse than one behind an MLP (Li & Liang 2021, arXiv:2101.00190, 4.3).
 
-The head learns at the same rate as the prefix, so both forms get the same rates to choose from.
+Both forms get the same rates to choose from; the head has its own.
 """
 
 from __future__ import annotations

@@ -88,11 +88,11 @@ def times(rows: Sequence[Row]) -> str:
         known = {r.label: r.time for r in sound if r.time is not None}
         marks.append(("training step, full fine-tuning = 1", known, {}))
     for figure in dict.fromkeys(f for row in sound for f in row.inference):
-        modes = (
+        beside, merged = (
             {row.label: row.inference[figure][mode] for row in sound if mode in row.inference.get(figure, {})}
             for mode in ("unmerged", "merged")
         )
-        marks.append((f"inference, {figure}, base = 1", *modes))
+        marks.append((f"inference, {figure}, base = 1", beside, merged))
     if not marks:
         return ""
     figure = _figure(9.6, 0.8 + 0.24 * len(sound))

@@ -67,7 +67,7 @@ def loss_in_pieces(
     hidden_BTI, labels_BT = shifted(hidden_BTI, inputs["labels"], task)
     places_N2 = labels_BT.new_zeros(labels_BT.numel(), 2)
     h_NI = hidden_BTI[places_N2[:, 0], places_N2[:, 1]]
-    weight_VI = leaf.get_parameter("weight")
+    weight_VI: Tensor = leaf.get_parameter("weight")
     if autocast is not None:
         h_NI, weight_VI = h_NI.to(autocast), weight_VI.detach().to(autocast)
     total: Tensor = _InPieces.apply(h_NI, weight_VI, recorder)  # type: ignore[no-untyped-call]

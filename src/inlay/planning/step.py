@@ -57,7 +57,9 @@ def record(model: nn.Module, task: str, inputs: Mapping[str, Tensor], conditions
     """
     leaf = frozen_projection(model, task, conditions.autocast)
     found = None if leaf is None else _recorded(model, task, inputs, conditions, leaf)
-    return found or _recorded(model, task, inputs, conditions, None)
+    found = found or _recorded(model, task, inputs, conditions, None)
+    assert found is not None, "a step with its logits can always be recorded"
+    return found
 
 
 def _recorded(
