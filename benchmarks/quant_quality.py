@@ -34,10 +34,10 @@ from inlay.quant.base import CodeBook
 from inlay.quant.blockwise import dequantize_blocks, quantize_blocks
 from inlay.quant.double_quant import dequantize_absmax, quantize_absmax
 from inlay.quant.fp4 import FP4_BOOK
+from inlay.quant.int4 import INT4_BOOK
 from inlay.quant.linear import Linear4
 from inlay.quant.nf4 import NF4_BOOK
 
-INT4_BOOK = CodeBook("int4", tuple(level / 7 for level in (*range(-7, 1), *range(8))))
 _HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_BOOK = CodeBook("e2m1", tuple(sorted((*(v / 6 for v in _HALVES), *(-v / 6 for v in _HALVES)))))
 FORMATS = {

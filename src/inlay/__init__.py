@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from inlay.prefix_words import init_prefix_from_words as init_prefix_from_words
     from inlay.quant import FP4 as FP4
     from inlay.quant import NF4 as NF4
+    from inlay.quant import Int4 as Int4
     from inlay.quant import load_quantized as load_quantized
     from inlay.quant import quantize as quantize
     from inlay.state import adapters as adapters
@@ -86,6 +87,7 @@ _HOME = {
     "IA3": "inlay.methods.ia3",
     "Inlay": "inlay.methods.cell",
     "InlayCallback": "inlay.train.callback",
+    "Int4": "inlay.quant",
     "LoRA": "inlay.methods.lora",
     "MAM": "inlay.methods.mam",
     "Method": "inlay.methods.base",

@@ -135,7 +135,7 @@ class RunConfig(BaseModel):
     """how the frozen weights are kept; auto: in bf16 where the run computes in bf16, else as stored"""
     attn_implementation: str | None = None
     """attention function of transformers (sdpa, eager, flash_attention_2, ...)"""
-    quantization: Literal["nf4", "fp4"] | None = None
+    quantization: Literal["nf4", "fp4", "int4"] | None = None
     """keep the frozen weights in 4 bits (QLoRA)"""
     double_quant: bool | None = None
     """with quantization: the scales are quantised too; on when absent"""
@@ -248,7 +248,7 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if get(key) is not None:
                 yield key, "nothing is held out to measure it on; set eval_data or eval_fraction"
     if get("double_quant") is not None and get("quantization") is None:
-        yield "double_quant", "has no effect without quantization: nf4 or fp4"
+        yield "double_quant", "has no effect without quantization: nf4, fp4 or int4"
     if get("allow_changed") and not get("resume"):
         yield "allow_changed", "has no effect without resume"
     if get("weights") is not None and (not isinstance(get("data"), list) or len(get("data")) != len(get("weights"))):

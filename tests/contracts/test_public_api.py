@@ -28,6 +28,7 @@ PUBLIC = [
     "IA3",
     "Inlay",
     "InlayCallback",
+    "Int4",
     "LoRA",
     "MAM",
     "Method",

@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from inlay.kernels import blocks4, triton_blocks4
+from inlay.kernels import blocks4, triton_blocks4, triton_select
 from inlay.kernels.triton_products import Tile
 from inlay.quant import FP4, NF4, quantize, weight_of
 from inlay.quant.base import BlockQuantization, CodeBook, QuantState
@@ -41,6 +41,28 @@ def test_decoded_bits(count: int, block_size: int, target: torch.dtype, book: Co
         torch.testing.assert_close(ours, plain, rtol=2**-7, atol=0)
     else:
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_decoding_on_a_gpu_takes_the_kernel(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(640)
+    packed, absmax = blocks4.quantize(x, NF4_BOOK)
+    scales = quantize_absmax(absmax) if nested else (absmax, None)
+    state = QuantState(NF4_BOOK, 64, (640,), x.dtype, *scales)
+    plain = blocks4.dequantize(packed, state, torch.empty(640), blocks4.Path.TORCH)
+    monkeypatch.setattr(triton_select, "usable", lambda *tensors: True)
+    monkeypatch.setattr(blocks4, "_pick", lambda path, *tensors: blocks4.Path.TORCH)
+    monkeypatch.setattr(blocks4.blockwise, "dequantize_blocks", lambda *_: pytest.fail("the plain form ran"))
+    assert torch.equal(blocks4.dequantize(packed, state, torch.empty(640)), plain)
+
+
+def test_the_plain_form_when_it_is_forced_or_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, absmax = blocks4.quantize(torch.randn(640), NF4_BOOK)
+    state = QuantState(NF4_BOOK, 64, (640,), torch.float32, absmax)
+    monkeypatch.setattr(triton_blocks4, "dequantize", lambda *_: pytest.fail("the kernel ran"))
+    blocks4.dequantize(packed, state, torch.empty(640))
+    monkeypatch.setattr(triton_select, "usable", lambda *tensors: True)
+    blocks4.dequantize(packed, state, torch.empty(640), blocks4.Path.TORCH)
 
 
 @pytest.mark.parametrize("method", [NF4(), NF4(double_quant=False), FP4(block_size=128)])

@@ -277,13 +277,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
 
 
-def test_a_base_in_four_bits_is_packed_while_loading_and_its_new_head_is_not(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", ["nf4", "int4"])
+def test_a_base_in_four_bits_is_packed_while_loading_and_its_new_head_is_not(world, tmp_path, monkeypatch, storage):
     import inlay.quant.model
 
     monkeypatch.setattr(inlay.quant.model, "quantize", lambda *_, **__: pytest.fail("the dense model was in memory"))
-    result = run(world, "bert", "labelled", tmp_path / "run", quantization="nf4", method={"name": "lora", "rank": 2})
+    result = run(world, "bert", "labelled", tmp_path / "run", quantization=storage, method={"name": "lora", "rank": 2})
     trained = open_trained(tmp_path / "run")
-    assert type(trained.model.bert.encoder.layer[0].output.dense).__name__.startswith("Linear4")
+    leaf = trained.model.bert.encoder.layer[0].output.dense
+    assert type(leaf).__name__.startswith("Linear4")
+    assert leaf.quant_type == storage
     assert trained.model.classifier.weight.is_floating_point()
     again = next(iter(trained.evaluate().values()))
     assert again["loss"] == pytest.approx(result.results["LoRA"]["loss"], abs=1e-5)

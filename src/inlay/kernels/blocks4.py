@@ -1,4 +1,4 @@
-"""Blockwise 4-bit quantisation at memory speed: on CPU the C kernel, on CUDA that of bitsandbytes, else the plain form.
+"""Blockwise 4-bit quantisation at memory speed: in C on the CPU, by Triton or bitsandbytes on CUDA.
 
 All forms give the same bits (`blocks4.c` against `inlay.quant.blockwise`); `Path` forces one of them in tests.
 """
@@ -6,6 +6,7 @@ All forms give the same bits (`blocks4.c` against `inlay.quant.blockwise`); `Pat
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from importlib import import_module
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import QuantizationError
-from inlay.kernels import compiled
+from inlay.kernels import compiled, triton_select
 from inlay.quant import blockwise
 from inlay.quant.base import CodeBook, QuantState
 from inlay.quant.double_quant import dequantize_absmax, dynamic_table
@@ -89,16 +90,37 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor, path: Path | None
     if out.is_meta:
         return out  # no bytes, nothing to decode
     packed = packed.detach().view(torch.uint8)
-    path = _pick(path, packed, out)
-    if path is not Path.TORCH and _dequantize_c(packed, state, out, path):
+    taken = _pick(path, packed, out)
+    if taken is not Path.TORCH and _dequantize_c(packed, state, out, taken):
         return out
+    forms = [] if path is not None else _gpu_forms(packed, state, out)
+    if forms:
+        key = ("dequantize4", triton_select.size_class(out.numel()), out.dtype, state.nested is None, out.device)
+        return forms[0]() if len(forms) == 1 else triton_select.fastest(key, forms)
     absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
-    if packed.is_cuda and compiled.enabled() and _bitsandbytes():
-        torch.ops.bitsandbytes.dequantize_4bit.out(
-            packed, absmax, state.block_size, state.book.name, out.shape, out.dtype, out=out
-        )
-        return out
     return blockwise.dequantize_blocks(packed, absmax, state.book, state.block_size, out)
+
+
+def _gpu_forms(packed: Tensor, state: QuantState, out: Tensor) -> list[Callable[[], Tensor]]:
+    """What decodes on a GPU, all with the same bits: the kernel of bitsandbytes, and ours in Triton."""
+
+    def peer() -> Tensor:
+        absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
+        settings = (state.block_size, state.book.name, out.shape, out.dtype)
+        torch.ops.bitsandbytes.dequantize_4bit.out(packed, absmax, *settings, out=out)
+        return out
+
+    def ours() -> Tensor:
+        from inlay.kernels import triton_blocks4  # which imports Triton
+
+        return triton_blocks4.dequantize(packed, state, out)
+
+    forms: list[Callable[[], Tensor]] = []
+    if packed.is_cuda and compiled.enabled() and state.book.name in ("nf4", "fp4") and _bitsandbytes():
+        forms.append(peer)
+    if triton_select.usable(packed, out):
+        forms.append(ours)
+    return forms
 
 
 def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) -> bool:

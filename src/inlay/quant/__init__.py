@@ -1,4 +1,4 @@
-"""How frozen weights are stored: NF4 and FP4 in the format of bitsandbytes, and a bridge to other formats."""
+"""How frozen weights are stored: NF4, FP4 and Int4 in the format of bitsandbytes, and a bridge to other formats."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from inlay.quant.bridge import is_quantized as is_quantized
 from inlay.quant.bridge import logical_shape as logical_shape
 from inlay.quant.bridge import weight_of as weight_of
 from inlay.quant.fp4 import FP4 as FP4
+from inlay.quant.int4 import Int4 as Int4
 from inlay.quant.nf4 import NF4 as NF4
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _LAZY = {
     "restore": "inlay.quant.replace",
 }
 
-__all__ = ["FP4", "NF4", "is_quantized", "logical_shape", "weight_of", *_LAZY]
+__all__ = ["FP4", "NF4", "Int4", "is_quantized", "logical_shape", "weight_of", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,5 +123,5 @@ class BlockQuantization(BaseModel):
 
     @property
     def quant_type(self) -> str:
-        """The name of the code book in files: `nf4` or `fp4`."""
+        """The name of the code book in files: `nf4`, `fp4` or `int4`."""
         return self.book.name

@@ -1,7 +1,8 @@
 """The tensors beside a packed weight in a state dict, exactly as bitsandbytes writes them.
 
 Next to `<layer>.weight`, the packed bytes, stand `.absmax`, `.quant_map`, with double quantisation `.nested_absmax` and
-`.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` (or fp4): JSON as bytes with block sizes, shape and dtypes.
+`.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` (fp4; or int4, which bitsandbytes refuses): JSON as bytes with
+block sizes, shape and dtypes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from inlay.errors import QuantizationError
-from inlay.quant.base import CodeBook, Nested, QuantState
+from inlay.quant.base import BlockQuantization, CodeBook, Nested, QuantState
 from inlay.quant.double_quant import NESTED_BLOCK, dynamic_map
-from inlay.quant.fp4 import FP4_BOOK
-from inlay.quant.nf4 import NF4_BOOK
+from inlay.quant.fp4 import FP4
+from inlay.quant.int4 import Int4
+from inlay.quant.nf4 import NF4
 
-BOOKS: dict[str, CodeBook] = {book.name: book for book in (NF4_BOOK, FP4_BOOK)}
+CONFIGS: dict[str, type[BlockQuantization]] = {config.book.name: config for config in (NF4, FP4, Int4)}
+BOOKS: dict[str, CodeBook] = {name: config.book for name, config in CONFIGS.items()}
 META = "quant_state.bitsandbytes__"
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{META}{name}" for name in BOOKS))
 

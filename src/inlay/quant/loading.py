@@ -24,8 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from inlay.errors import QuantizationError
 from inlay.quant.base import BlockQuantization, QuantState
-from inlay.quant.format import KEYS, from_tensors
-from inlay.quant.fp4 import FP4
+from inlay.quant.format import CONFIGS, KEYS, from_tensors
 from inlay.quant.linear import Linear4
 from inlay.quant.model import pack, prepare
 from inlay.quant.nf4 import NF4
@@ -48,8 +47,8 @@ def load_quantized(
         path: a folder with `config.json` and safetensors, in one file or in shards; or a name on the hub. The
             checkpoint may be dense, or 4-bit as saved by inlay or by transformers with bitsandbytes.
         auto_class: an `AutoModelFor...` or a model class of transformers.
-        config: `NF4(...)` or `FP4(...)`. For a dense checkpoint None is `NF4()`; for one that is 4-bit already the
-            stored settings hold, and of `config` only `compute_dtype` is taken.
+        config: `NF4(...)`, `FP4(...)` or `Int4(...)`. For a dense checkpoint None is `NF4()`; for one that is 4-bit
+            already the stored settings hold, and of `config` only `compute_dtype` is taken.
         kwargs: for `from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
 
     Returns:
@@ -145,7 +144,9 @@ def _stored_config(stored: dict[str, Any], asked: BlockQuantization | None) -> B
             f"the checkpoint is quantised with {kind!r}, not with 4-bit bitsandbytes; load it with from_pretrained"
         )
     name = stored.get("bnb_4bit_quant_type", "fp4")
-    cls = {"nf4": NF4, "fp4": FP4}[name]
+    if name not in CONFIGS:
+        raise QuantizationError(f"the checkpoint is stored as {name!r}; known are {sorted(CONFIGS)}")
+    cls = CONFIGS[name]
     if asked is not None and not isinstance(asked, cls):
         raise QuantizationError(f"the checkpoint is stored as {name}, so it cannot be loaded as {asked.quant_type}")
     return cls(

@@ -29,7 +29,7 @@ def quantize(model: M, config: BlockQuantization | None = None) -> M:
 
     Args:
         model: any module; each `nn.Linear` and `Conv1D` in it is a candidate.
-        config: `NF4(...)` or `FP4(...)`; None is `NF4()`.
+        config: `NF4(...)`, `FP4(...)` or `Int4(...)`; None is `NF4()`.
 
     Returns:
         The same model.

@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import QuantizationError
-from inlay.quant.base import BlockQuantization, QuantState
+from inlay.quant.base import QuantState
 from inlay.quant.blockwise import NOT_FINITE
 from inlay.quant.bridge import four_bit_state, logical_shape
-from inlay.quant.format import to_tensors
-from inlay.quant.fp4 import FP4
+from inlay.quant.format import CONFIGS, to_tensors
 from inlay.quant.linear import Linear4
 from inlay.quant.model import pack
-from inlay.quant.nf4 import NF4
-
-_CONFIGS: dict[str, type[BlockQuantization]] = {"nf4": NF4, "fp4": FP4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +64,7 @@ def requantise(module: nn.Module, dense_weight: Tensor) -> Stored:
 def _store_4bit(module: Any, dense: Tensor, packed: Tensor, state: QuantState) -> None:
     # A forward of bitsandbytes on AVX512-BF16 forgets that the scales were nested; the parameter still knows.
     nested = state.nested is not None or bool(getattr(module.weight, "compress_statistics", False))
-    cls, storage = _CONFIGS[state.book.name], str(packed.dtype).removeprefix("torch.")
+    cls, storage = CONFIGS[state.book.name], str(packed.dtype).removeprefix("torch.")
     new_packed, new = pack(dense, cls(double_quant=nested, block_size=state.block_size, storage=storage))
     new = replace(new, dtype=state.dtype)
     if isinstance(module, Linear4):

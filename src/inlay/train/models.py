@@ -182,11 +182,10 @@ def load_model(config: RunConfig, purpose: Purpose, tokenizer: Any, device: torc
 
 def _load_packed(config: RunConfig, cls: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The model in 4 bits, packed layer by layer, so that the dense one is never in memory."""
-    import inlay
     from inlay.quant import load_quantized
+    from inlay.quant.format import CONFIGS
 
-    storage = {"nf4": inlay.NF4, "fp4": inlay.FP4}[config.quantization or ""]
-    packing = storage(double_quant=config.double_quant is not False)
+    packing = CONFIGS[config.quantization or ""](double_quant=config.double_quant is not False)
     loaded: tuple[Any, Any] = load_quantized(source_of(config.model), cls, packing, **settings)
     return loaded
 
