@@ -43,6 +43,18 @@ def test_the_second_signal_ends_the_process_at_once():
     assert (done.returncode, done.stdout) == (130, "")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_line_ends_without_a_traceback_before_any_run(signum):
+    code = (
+        "import os, sys, inlay.cli as cli\n"
+        f"cli.build = lambda only: os.kill(os.getpid(), {int(signum)})\n"
+        "cli.main()\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signum, "", "")
+
+
 def test_outside_the_main_thread_nothing_is_touched():
     import threading
 

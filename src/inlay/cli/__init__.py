@@ -10,7 +10,9 @@ import importlib
 import logging
 import os
 import pkgutil
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from inlay.errors import InlayError
@@ -24,7 +26,9 @@ INSTALL = "the command line needs more than the library, pip install 'inlay[trai
 
 
 def main() -> None:
-    """Run the command line; an `InlayError` becomes one message on stderr and its exit code."""
+    """Run the command line; an `InlayError` becomes one message on stderr and its exit code, a signal 128 + itself."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _ended)
     # Optional libraries that accelerate imports tell of kernels for other machines; that concerns nobody here.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -42,6 +46,11 @@ def main() -> None:
         sys.stdout.flush()
         print(f"{label(error)}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _ended(signum: int, frame: FrameType | None) -> None:
+    """Before a run takes signals over, and for verbs that write nothing: end, without a traceback."""
+    raise SystemExit(128 + signum)
 
 
 def label(error: InlayError) -> str:
