@@ -77,3 +77,29 @@ def test_extreme_logits_stay_finite():
     assert found.loss_N.tolist() == [2e4, 0.0]
     found.total.backward()
     assert torch.isfinite(h.grad).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_pieces_through_triton(monkeypatch, weighted, smoothing):
+    """What a GPU would run, interpreted, against the plain form."""
+    pytest.importorskip("triton")
+    from inlay.kernels import triton_cross_entropy as kernel
+    from inlay.kernels import triton_select
+
+    generator = torch.Generator().manual_seed(5)
+    h, W, bias = (torch.randn(*s, generator=generator) for s in ((70, 8), (50, 8), (50,)))
+    labels, w = torch.randint(50, (70,), generator=generator), torch.rand(70, generator=generator)
+    h.requires_grad_()
+    calls, real = [], kernel.cross_entropy_
+    monkeypatch.setattr(kernel, "cross_entropy_", lambda *a: calls.append(1) or real(*a))
+    found = []
+    for usable in (True, False):
+        monkeypatch.setattr(triton_select, "usable", lambda *tensors, usable=usable: usable)
+        got = linear_cross_entropy(
+            h, W, bias, labels, smoothing=smoothing, weights_N=w if weighted else None, piece=32 * 50
+        )
+        found.append((got.total.detach(), got.loss_N, got.right_N, *torch.autograd.grad(got.total * 0.5, h)))
+    assert len(calls) == 3
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

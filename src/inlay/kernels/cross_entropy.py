@@ -4,7 +4,8 @@
     dh = w (softmax z - (1 - ε) 1_y - ε/V) W
 
 Some rows at a time: their logits are turned into their gradient in place, and that into dh at once, while they are in
-the cache. The backward pass only scales dh. That is the arithmetic of the plain form, in the memory of one piece.
+the cache; on a GPU by the Triton kernel. The backward pass only scales dh. That is the arithmetic of the plain form, in
+the memory of one piece.
 
 Shapes: N tokens with a target, I features, V vocabulary.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inlay.kernels import gemm
+from inlay.kernels import gemm, triton_select
 from inlay.kernels.lora import without_autocast
 
 PIECE = (1 << 23) - (1 << 12)
@@ -67,6 +68,16 @@ def linear_cross_entropy(
     return CrossEntropy(*outputs)
 
 
+def _to_gradient(
+    z_nV: Tensor, labels_n: Tensor, weights_N: Tensor | None, rows: slice, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Losses and first choices; the logits become their gradient in place, in two passes instead of seven."""
+    from inlay.kernels.triton_cross_entropy import cross_entropy_
+
+    weights_n = torch.ones(len(z_nV), device=z_nV.device) if weights_N is None else weights_N[rows].float()
+    return cross_entropy_(z_nV, labels_n, weights_n, smoothing)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,11 +96,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         right_N = torch.empty(count, dtype=torch.bool, device=h_NI.device)
         dh_NI = torch.empty_like(h_NI) if ctx.needs_input_grad[0] else None
         size = max(FEWEST, piece // vocabulary)
+        in_triton = h_NI.dtype != torch.float64 and triton_select.usable(h_NI, weight_VI, labels_N)
         with without_autocast(h_NI.device.type):
             for at in range(0, count, size):
                 rows = slice(at, at + size)
-                z_nV = gemm.linear(h_NI[rows], weight_VI, bias_V).to(wide)
-                labels_n1 = labels_N[rows, None]
+                z_nV = gemm.linear(h_NI[rows], weight_VI, bias_V)
+                if in_triton:
+                    loss_N[rows], first_n = _to_gradient(z_nV, labels_N[rows], weights_N, rows, smoothing)
+                    right_N[rows] = first_n == labels_N[rows]
+                    if dh_NI is not None:
+                        dh_NI[rows] = gemm.input_grad(z_nV, weight_VI)
+                    continue
+                z_nV, labels_n1 = z_nV.to(wide), labels_N[rows, None]
                 right_N[rows] = z_nV.argmax(-1) == labels_n1[:, 0]
                 lse_n1 = z_nV.logsumexp(-1, keepdim=True)
                 wanted_n1 = z_nV.gather(-1, labels_n1)
