@@ -230,9 +230,10 @@ V512 INLINE void transpose(__m512i r[16]) {
     }
 }
 
-/* Two steps of up to 16 rows of the activations (the others 0), `apart` words from each other: as left tiles, as they
-   lie; as right tiles, turned, even features before odd ones. */
-V512 static void pack(const uint32_t *from, int64_t stride, int64_t rows, int turned, int bf16, uint32_t *to, int64_t apart) {
+/* Two steps (or the last one) of up to 16 rows of the activations (the others 0), `apart` words from each other: as left
+   tiles, as they lie; as right tiles, always two, turned, even features before odd ones. */
+V512 static void pack(const uint32_t *from, int64_t stride, int64_t rows, int two, int turned, int bf16, uint32_t *to,
+                      int64_t apart) {
     const __m512i even32 = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i even16 = _mm512_or_si512(_mm512_slli_epi32(even32, 1), _mm512_slli_epi32(_mm512_add_epi32(even32,
                                            _mm512_set1_epi32(1)), 17)); /* 0, 2, 4, ... 62 */
@@ -240,10 +241,10 @@ V512 static void pack(const uint32_t *from, int64_t stride, int64_t rows, int tu
     __m512i r[16], t[16];
     for (int64_t i = 0; i < 16; i++) {
         const __m512i a = i < rows ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
-        const __m512i b = i < rows ? _mm512_loadu_si512(from + i * stride + 16) : _mm512_setzero_si512();
+        const __m512i b = two && i < rows ? _mm512_loadu_si512(from + i * stride + 16) : _mm512_setzero_si512();
         if (!turned) {
             _mm512_store_si512(to + 16 * i, a);
-            _mm512_store_si512(to + apart + 16 * i, b);
+            if (two) _mm512_store_si512(to + apart + 16 * i, b);
         } else if (bf16) {
             r[i] = _mm512_permutex2var_epi16(a, even16, b);
             t[i] = _mm512_permutex2var_epi16(a, odd16, b);
@@ -409,7 +410,7 @@ int64_t inlay_product4_workspace(int64_t M, int64_t K, int64_t N, int dtype, int
         + threads * OWN;
 }
 
-/* O a multiple of 64 (32 forward), I and block of 64, all of x and out contiguous. */
+/* O a multiple of 32, I and block of 64, all of x and out contiguous. */
 V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t O, int64_t I, int64_t block,
                         const float *book, const float *absmax, const uint8_t *codes, const float *map, int nested_shift,
                         float offset, const void *bias, void *out, int dtype, int backward, int form, char *workspace,
@@ -450,7 +451,7 @@ V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t
                 for (int64_t s = 0; s < words / 16; s += 2)
                     for (int64_t h = 0; h < tiles; h++)
                         pack((const uint32_t *)x + (m0 + 32 * j + 16 * h) * words + 16 * s, words, least(left - 16 * h, 16),
-                             !backward, bf16, rows_packed + 32 * j * words + (s * tiles + h) * TILE, tiles * TILE);
+                             s + 1 < words / 16, !backward, bf16, rows_packed + 32 * j * words + (s * tiles + h) * TILE, tiles * TILE);
             }
             for (int64_t k = 0; k < words; k += CHUNK) {
                 const int64_t end = least(words, k + CHUNK), piece_words = backward ? PIECE_R : PIECE_L;
