@@ -1,9 +1,10 @@
 """The settings that each method starts from, in one table: they move scores as much as the choice of method does.
 
 Peak learning rates are for AdamW; a new task head has one of its own (`head_rate.py`). `understanding` is
-classification, regression, tagging and span extraction, where encoders of 20 to 400 M parameters are usual: rates for
-it were measured on two data sets with MiniLM (`benchmarks/learning-rates-2026-11-22.md`). `generation` is language
-modelling and sequence to sequence.
+classification, regression, tagging and span extraction, where encoders of 20 to 400 M parameters are usual: what each
+rate comes to on two data sets with MiniLM, and which were compared with others, says
+`benchmarks/learning-rates-2026-11-22.md`. `generation` is language modelling and sequence to sequence; its rates are the
+published ones, for large models.
 """
 
 from __future__ import annotations
