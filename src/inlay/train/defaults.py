@@ -3,8 +3,8 @@
 Peak learning rates are for AdamW; a new task head has one of its own (`head_rate.py`). `understanding` is
 classification, regression, tagging and span extraction, where encoders of 20 to 400 M parameters are usual: what each
 rate comes to on two data sets with MiniLM, and which were compared with others, says
-`benchmarks/learning-rates-2026-11-22.md`. `generation` is language modelling and sequence to sequence; its rates are the
-published ones, for large models.
+`benchmarks/learning-rates-2026-11-22.md`. `generation` is language modelling and sequence to sequence; its rates are
+the published ones, for large models.
 """
 
 from __future__ import annotations
