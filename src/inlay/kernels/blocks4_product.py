@@ -44,7 +44,7 @@ MOST_ROWS = {
     (Form.VECTOR, torch.bfloat16): 16,
     (Form.VECTOR, torch.float32): 192,
 }
-"""Rows up to which each form beats decoding first, from `benchmarks/quant_speed.py --products`."""
+"""Rows up to which each form beats decoding first, from `benchmarks/quant_speed.py --tables product`."""
 
 
 @cache
