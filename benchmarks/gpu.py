@@ -145,7 +145,9 @@ def correctness(device: str, tiny: bool) -> list[list[str]]:
 def _by_default(packed: Tensor, state: QuantState, plain: Tensor) -> str:
     """Bits of the form that layers take, the kernel of bitsandbytes or ours, and which it was."""
     found = blocks4.dequantize(packed, state, torch.empty_like(plain))
-    chosen = [form for key, form in triton_select._fastest.items() if isinstance(key, tuple) and key[0] == "dequantize4"]
+    chosen = [
+        form for key, form in triton_select._fastest.items() if isinstance(key, tuple) and key[0] == "dequantize4"
+    ]
     which = f" (form {chosen[-1]}; 0: bitsandbytes)" if chosen else ""
     return ("same bits" if torch.equal(found, plain) else f"error {relative(found, plain):.1e}") + which
 
