@@ -416,7 +416,7 @@ V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t
                         float offset, const void *bias, void *out, int dtype, int backward, int form, char *workspace,
                         int threads) {
     const int bf16 = dtype == BFLOAT16, amx = form == AMX;
-    if (I % 64 || O % 32 || block % 64 || (amx && !bf16)) return UNSUPPORTED;
+    if (I % 64 || O % 64 || block % 64 || (amx && !bf16)) return UNSUPPORTED;
     const weight_t w = {packed, codes, book, absmax, map, I, __builtin_ctzll((uint64_t)block), nested_shift, offset};
     if (block & (block - 1)) return UNSUPPORTED;
     const int64_t words = (backward ? O : I) / (bf16 ? 2 : 1), N = backward ? I : O, width = backward ? WIDTH(I) : 32;
@@ -440,7 +440,7 @@ V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t
         const int thread = 0;
 #endif
         uint32_t *piece = (uint32_t *)(at + thread * OWN);
-        float *waiting_here = (float *)(at + thread * OWN + PIECE_BYTES);
+        float *own_sums = (float *)(at + thread * OWN + PIECE_BYTES);
         tiles_t before;
         if (amx) configure(&before);
         for (int64_t m0 = 0; m0 < M; m0 += GROUP) {
@@ -457,7 +457,7 @@ V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t
                 const int64_t end = least(words, k + CHUNK), piece_words = backward ? PIECE_R : PIECE_L;
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < N / width; n++) {
-                    float *panel = chunks > 1 ? waiting + n * width * most : waiting_here;
+                    float *panel = chunks > 1 ? waiting + n * width * most : own_sums;
                     for (int64_t p = k; p < end; p += piece_words) {
                         const int64_t steps = least(end - p, piece_words) / 16;
                         if (backward && bf16) decode_right_bfloat16(w, p, steps, n * width, width, piece);
