@@ -26,7 +26,23 @@ from inlay.train.narrate import Narrator
 from inlay.train.report import read_log
 
 METHODS = "lora,ia3,bitfit,bottleneck,prefix,headonly"
-VOCABULARY = "river stone light paper cloud winter garden silver window music paint horse table bread letter".split()
+VOCABULARY = [
+    "river",
+    "stone",
+    "light",
+    "paper",
+    "cloud",
+    "winter",
+    "garden",
+    "silver",
+    "window",
+    "music",
+    "paint",
+    "horse",
+    "table",
+    "bread",
+    "letter",
+]
 
 
 def write_rows(path: Path, count: int, words: int) -> None:
