@@ -35,7 +35,9 @@ def test_a_file_larger_than_memory_streams(tmp_path: Path, bytes_tok: PreTrained
     assert large.stat().st_size > FILE > 1.9 * ALLOWED
 
     def read(path: Path, batches: int) -> list[Any]:
-        spec = DataSpec(str(path), eval_fraction=0.0, streaming=True, cache_dir=str(tmp_path / "cache"), max_length=16_000)
+        spec = DataSpec(
+            str(path), eval_fraction=0.0, streaming=True, cache_dir=str(tmp_path / "cache"), max_length=16_000
+        )
         prepared = prepare(spec, bytes_tok, "decoder")
         made = Batches(prepared.train, 4, seed=1, shuffle=True, pad_token_id=0, task=prepared.task)
         return [made.batch(0, index).targets for index in range(batches)]
