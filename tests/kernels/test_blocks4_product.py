@@ -42,7 +42,7 @@ def far(ours: Tensor | None, exact: Tensor) -> float:
 @given(
     case=st.sampled_from(FORMS),
     rows=st.integers(1, 40) | st.sampled_from([255, 256, 257, 300]),
-    out=st.sampled_from([64, 128, 192, 320]),
+    out=st.sampled_from([32, 64, 96, 320]),
     features=st.sampled_from([64, 128, 192, 320]),
     block_size=st.sampled_from([64, 128, 4096]),
     nested=st.booleans(),
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_decoded_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert taken(64, 64, NF4())
     assert not taken(64, 96, NF4())
-    assert not taken(96, 64, NF4())
+    assert not taken(48, 64, NF4())
     assert not taken(64, 64, NF4(block_size=32))
     assert not taken(64, 64, NF4(), dtype=torch.float16)
     assert not taken(64, 64, NF4(), rows=0)

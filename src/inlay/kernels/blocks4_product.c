@@ -416,7 +416,7 @@ V512 int inlay_product4(const void *x, int64_t M, const uint8_t *packed, int64_t
                         float offset, const void *bias, void *out, int dtype, int backward, int form, char *workspace,
                         int threads) {
     const int bf16 = dtype == BFLOAT16, amx = form == AMX;
-    if (I % 64 || O % 64 || block % 64 || (amx && !bf16)) return UNSUPPORTED;
+    if (I % 64 || O % 32 || block % 64 || (amx && !bf16)) return UNSUPPORTED;
     const weight_t w = {packed, codes, book, absmax, map, I, __builtin_ctzll((uint64_t)block), nested_shift, offset};
     if (block & (block - 1)) return UNSUPPORTED;
     const int64_t words = (backward ? O : I) / (bf16 ? 2 : 1), N = backward ? I : O, width = backward ? WIDTH(I) : 32;

@@ -102,7 +102,7 @@ def product(
     """x Wᵀ + b (a is x), or dy W (`backward`, a is dy); a fresh tensor, not differentiable.
 
     None where the weight should be decoded first: on other devices and dtypes, for rows of W that are cut by blocks
-    (I and O must be multiples of 64), for blocks of 32, and for many rows.
+    (I must be a multiple of 64, O of 32), for blocks of 32, and for many rows.
 
     Args:
         packed: the bytes, in any dtype that holds them.
@@ -117,7 +117,7 @@ def product(
         if form is None or a_BK.numel() > MOST_ROWS[form, a_BK.dtype] * a_BK.shape[-1]:
             return None
     library = _library()
-    if library is None or I % 64 or O % 64 or state.block_size % 64 or a_BK.numel() == 0:
+    if library is None or I % 64 or O % 32 or state.block_size % 64 or a_BK.numel() == 0:
         return None
     a_MK = a_BK.reshape(-1, a_BK.shape[-1]).contiguous()
     (M, K), N, dtype = a_MK.shape, I if backward else O, _DTYPES[a_MK.dtype]
