@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 from inlay.anatomy import Anatomy, Site
 from inlay.anatomy.probe import modules_of
 from inlay.methods.base import Frozen, Method, Piece
-from inlay.methods.full import Copy
+from inlay.methods.full import Copy, Full
 
 HEAD = "head"
 
@@ -58,7 +59,29 @@ def build(model: nn.Module, method: Method, found: Anatomy, at_heads: list[Site]
     for site in at_heads:
         if site.leave not in replaced:
             built.append((HEAD, Copy(Frozen(modules[site.leave], memo, site.leave)), site))
+    if any(isinstance(part, Full) and part.sites is None and part.layers is None for part in method.parts):
+        _tell_what_full_leaves(model, {site.leave for _, _, site in built})
     return _distinct(built)
+
+
+def _tell_what_full_leaves(model: nn.Module, copied: set[str]) -> None:
+    """Modules are copied, so a tensor that a module holds beside its children (a state-space layer's decay, a class
+    token) stays frozen.
+    """
+    modules = dict(modules_of(model))
+    trained = {id(p) for path in copied for p in modules[path].parameters()}
+    left = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in trained and parameter.is_floating_point() and ".inlay." not in name
+    }
+    if left:
+        largest = max(left, key=lambda name: left[name])
+        warnings.warn(
+            f"Full leaves {sum(left.values()):,} parameters frozen, in {len(left)} tensors that modules hold beside "
+            f"their children, the largest {largest}: it trains whole modules, and these are in none.",
+            stacklevel=4,
+        )
 
 
 def _device(modules: dict[str, nn.Module], site: Site) -> torch.device:

@@ -133,3 +133,20 @@ def test_two_copies_on_rows_of_one_batch():
     for row, name in enumerate(("b", None, "a", "b")):
         torch.testing.assert_close(mixed[row], outputs[name][row], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs["a"], outputs["b"], atol=1e-2)
+
+
+def test_tensors_beside_the_modules_are_named():
+    """A class token belongs to no leaf; it stays frozen, and the user hears of it."""
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Parameter(torch.zeros(1, 1, 8))
+            self.project = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.project(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+
+    with pytest.warns(UserWarning, match=r"leaves 8 parameters frozen.*the largest first"):
+        adapter = inlay.attach(Tokens(), inlay.Full(), example={"x": torch.randn(2, 3, 8)})
+    assert adapter.trained_parameters == 72

@@ -75,9 +75,7 @@ def _by_module(placed: Sequence[Placed], modules: dict[str, nn.Module]) -> dict[
         if site.enter != site.leave or site.tap == "through":
             raise FormatError(f"PEFT has no place for {site.name!r}, which spans from {site.enter} to {site.leave}.")
         if isinstance(modules[site.leave], nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise FormatError(
-                f"{site.leave} is a convolution, whose tensors PEFT keeps in other shapes."
-            )
+            raise FormatError(f"{site.leave} is a convolution, whose tensors PEFT keeps in other shapes.")
         groups.setdefault(site.leave, []).append((site, piece))
     return groups
 
