@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import inlay
@@ -239,3 +240,17 @@ def test_a_named_tuple_stays_one() -> None:
     base = model(x)
     inlay.attach(model, inlay.Bottleneck(size=2, sites="inner"), example={"x": x})
     assert torch.equal(model(x), base)
+
+
+def test_a_span_has_its_features_where_its_end_has_them() -> None:
+    """LeViT's attention ends in a norm that sees all tokens of all rows laid flat, features second."""
+    config = transformers.LevitConfig(
+        image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 3, 4], depths=[1, 1, 1], key_dim=[8, 8, 8]
+    )
+    model = transformers.LevitForImageClassification(config).eval()
+    image = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    before = model(**image).logits.detach()
+    adapter = inlay.attach(model, inlay.Bottleneck(), example=image)
+    assert torch.equal(model(**image).logits, before)
+    model(**image).logits.sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())

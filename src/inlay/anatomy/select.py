@@ -168,9 +168,10 @@ def _ffn_sites(anatomy: Anatomy, block: Block, f: FeedForward, what: str) -> lis
 def _span(anatomy: Anatomy, block: Block, name: str, what: str, f: FeedForward) -> list[Site]:
     """The site over a whole sub-layer: at its end, after its residual sum, or through the norm behind it."""
     first, last = anatomy.leaf(f.up), anatomy.leaf(f.down)
+    end = anatomy.leaves.get(f.end) or anatomy.modules.get(f.end) or last  # a norm in there may see rows laid flat
     made = Site(
         name, f.up, f.end, first.in_features, last.out_features, layer=block.layer, stack=block.stack, kind="module",
-        has_bias=last.has_bias, causal=block.causal, rows=last.rows, axis=last.axis,
+        has_bias=last.has_bias, causal=block.causal, rows=last.rows, axis=end.axis,
     )  # fmt: skip
     if what == "residual":
         if f.pre_norm is None:
