@@ -129,7 +129,7 @@ class LoRALinear:
         bias_O = bias_of(module)
         if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
             return None
-        if x.is_cuda and self._alone and x.dtype == dtype and triton_select.usable(x):
+        if self._alone and x.dtype == dtype and triton_select.usable(x):
             return self._in_triton(x, bias_O, found)
         shared = x if x.dtype == dtype else cast_once(x, dtype)
         terms = self._terms

@@ -114,7 +114,7 @@ def resolve_method(config: RunConfig, method: str, task: str) -> RunConfig:
     update: dict[str, object] = {"task": task}
     if config.learning_rate is None:
         update["learning_rate"] = chosen.learning_rate
-    elif method == "headonly" and config.head_learning_rate is None:
+    elif method == "headonly" and config.head_learning_rate is None and not config.resume:
         update["head_learning_rate"] = config.learning_rate
     if config.per_device_train_batch_size is None:
         update["per_device_train_batch_size"] = chosen.batch
