@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import inlay
 from inlay.hosts.leaf import LeafHost
@@ -30,8 +31,6 @@ METHODS = {"lora": inlay.LoRA, "dora": inlay.DoRA, "adalora": adalora}
 def leaf(kind, inn=24, out=20, dtype=torch.float32, bias=True):
     torch.manual_seed(inn * out)
     if kind == "conv1d":
-        from transformers.pytorch_utils import Conv1D
-
         made = Conv1D(out, inn)
         nn.init.normal_(made.bias)
     else:
@@ -250,3 +249,37 @@ def test_one_copy_of_x_for_those_that_read_it():
     x.add_(1)
     assert cast_once(x, torch.bfloat16) is not first
     torch.testing.assert_close(cast_once(x, torch.bfloat16).float(), x, rtol=1e-2, atol=1e-2)
+
+
+class ActsInPlace(nn.Module):
+    """2 f(x), written into what the projection returns, or beside it."""
+
+    def __init__(self, project):
+        super().__init__()
+        self.project, self.in_place = project, True
+
+    def forward(self, x):
+        y = self.project(x)
+        return y.mul_(2.0) if self.in_place else y * 2.0
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (2, 3, 64), (2, 3, 2, 64)])
+@pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d", "packed"])
+@pytest.mark.parametrize(
+    "method", [inlay.LoRA(rank=4), inlay.LoRA(rank=4, dropout=0.5), inlay.DoRA(rank=4)], ids=["lora", "dropout", "dora"]
+)
+def test_models_may_go_on_in_place(method, kind, shape):
+    """Autograd forbids writing into a view that a Function made, and models write into what projections return."""
+    project = Conv1D(64, 64) if kind == "conv1d" else nn.Linear(64, 64, bias=kind != "without bias")
+    model, x = ActsInPlace(project), torch.randn(shape)
+    if kind == "packed":
+        quantize(model, NF4())
+    adapter = inlay.attach(model, method, example={"x": x})
+    randomise(adapter)
+    model.train()
+    found = []
+    for model.in_place in (True, False):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(model(x).square().sum(), list(adapter.parameters())))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -373,7 +373,8 @@ def _forward(
     for i, term in enumerate(terms):
         x_part, y_part = (x_MI, y_MO) if term.rows is ALL else (x_MI[term.rows], y_MO[term.rows])
         lows.append(add_low_rank(x_part, factors[2 * i], factors[2 * i + 1], term, y_part))
-    return y, lows
+    # Products of more than two dimensions with a bias, and packed ones, are views of their matrix.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, lows
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
