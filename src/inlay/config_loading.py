@@ -6,6 +6,8 @@ value remembers its place, so that a complaint names the file and the line.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import pkgutil
 import re
@@ -207,11 +209,10 @@ def method_problems(setting: Any) -> list[tuple[str, str]]:
     """What is wrong with `method`. Only settings, and names that no file bears, take the method classes and torch."""
     if isinstance(setting, str) and setting.lower() in method_names():
         return []
-    try:
-        build_method(setting)
-    except ConfigError as error:
-        return error.args[1] if len(error.args) > 1 else [("method", str(error))]
-    return []
+    built, problems = _parts(setting)
+    if not problems:
+        _mixed(built)
+    return problems
 
 
 def build_method(setting: Any) -> Any:
@@ -220,11 +221,24 @@ def build_method(setting: Any) -> Any:
     Raises:
         ConfigError: an unknown method, or settings that its own fields refuse.
     """
+    built, problems = _parts(setting)
+    if problems:
+        raise ConfigError("; ".join(f"{key}: {text}" for key, text in problems))
+    return _mixed(built)
+
+
+def _mixed(built: list[Any]) -> Any:
+    return functools.reduce(operator.add, built)
+
+
+def _parts(setting: Any) -> tuple[list[Any], list[tuple[str, str]]]:
+    """The methods of an entry, and what is wrong with it by key."""
     from inlay.methods.base import methods
 
     known = methods()
     entries = setting if isinstance(setting, list) else [setting]
-    built, problems = [], []
+    built: list[Any] = []
+    problems = [] if entries else [("method", "an empty list")]
     for index, entry in enumerate(entries):
         above = f"method.{index}" if isinstance(setting, list) else "method"
         settings = dict(entry) if isinstance(entry, dict) else {"name": entry}
@@ -242,12 +256,7 @@ def build_method(setting: Any) -> Any:
             ]
         except ValueError as error:
             problems.append((above, str(error)))
-    if problems or not built:
-        raise ConfigError("; ".join(f"{key}: {text}" for key, text in problems) or "method: an empty list", problems)
-    mix = built[0]
-    for method in built[1:]:
-        mix = mix + method
-    return mix
+    return built, problems
 
 
 def method_of_words(entry: str, key: str) -> Any:

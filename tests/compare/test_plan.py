@@ -92,3 +92,9 @@ def test_what_cannot_be_told_apart_or_sampled_is_refused():
         plan(sizes=(1,))
     with pytest.raises(ConfigError, match="several"):
         plan(template=template_of([], {"model": "m", "data": ["a", "b"]}), sizes=(None, 9))
+
+
+def test_a_wrong_method_is_told_in_words() -> None:
+    with pytest.raises(ConfigError) as told:
+        variants_of("lora,foo")
+    assert str(told.value).startswith("method: unknown method 'foo'; known: adalora, ")

@@ -62,17 +62,18 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_listening(modules, record, count))
         stack.enter_context(_attention_probe(modules, record, count))
-        record.outputs = list(_tensors(model(**inputs)))
+        record.outputs = list(tensors_in(model(**inputs)))
     record.settle()
     return record
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives, however nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | tuple | list):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 class _Watch(TorchFunctionMode):
@@ -265,7 +266,7 @@ def _leaf_hook(
         several = kind == "module" and not isinstance(result, Tensor)
         if kind == "norm" or several or (kind == "module" and y.shape == x.shape and not experts):
             # No projection, only something with parameters of its own: what it is made from still counts.
-            call.results = tuple(_tensors(result))
+            call.results = tuple(tensors_in(result))
             (record.leaves if torch.is_grad_enabled() else record.silent).append(call)
             if kind == "norm" and norm and y.grad_fn is not None:
                 record.norms[y.grad_fn] = call

@@ -8,12 +8,14 @@ the present ones return.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+
+from inlay.anatomy.probe import tensors_in
 
 if TYPE_CHECKING:
     from inlay.state import State
@@ -48,7 +50,7 @@ def remember(state: State, mask: Tensor | None, result: Any) -> None:
     """Ties what a pass runs with to its result."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    nodes = {t.grad_fn for t in _tensors(result) if t.grad_fn is not None}
+    nodes = {t.grad_fn for t in tensors_in(result) if t.grad_fn is not None}
     if nodes:
         own = Pass(state, mask)
         for node in nodes:
@@ -64,11 +66,3 @@ def restore(state: State) -> None:
 
 def _hosts(state: State) -> Iterator[Any]:
     return (module._inlay for module in state.hosts.values() if "_inlay" in module.__dict__)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
