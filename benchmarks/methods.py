@@ -99,14 +99,13 @@ def tasks(shared: Path, out: Path) -> dict[str, Task]:
         ),
         "mr": Task(
             "MiniLM, 22.7 M",
-            {"model": MINILM, "data": f"{mr}#3200", "eval_fraction": 0.2, "max_steps": 80, "max_length": 48,
-             "bf16": True},
+            {"model": MINILM, "data": f"{mr}#3200", "eval_fraction": 0.2, "max_steps": 80, "max_length": 48},
             "accuracy",
         ),
         "banking": Task(
             "MiniLM, 22.7 M",
             {"model": MINILM, "data": str(banking / "train.csv"), "eval_data": f"{banking / 'test.csv'}#770",
-             "columns": {"text": "text", "label": "category"}, "max_steps": 120, "max_length": 32, "bf16": True},
+             "columns": {"text": "text", "label": "category"}, "max_steps": 120, "max_length": 32},
             "accuracy",
         ),
         "reverse": Task(

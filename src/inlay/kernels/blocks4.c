@@ -8,10 +8,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define AVX2 __attribute__((target("avx2")))
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum { PLAIN = 0, VECTOR = 1 };
+enum { PLAIN = 0, WITH_AVX2 = 1, WITH_AVX512 = 2 };
 enum { OK = 0, UNSUPPORTED = 1 };
 
 /* fp16 needs a compiler type; where there is none the caller falls back to torch for that dtype. */
@@ -38,13 +39,15 @@ static inline uint16_t to_float16(float x) { (void)x; return 0; }
 static inline float from_float16(uint16_t b) { (void)b; return 0.0f; }
 #endif
 
-int inlay_has_vector(void) {
+/* The best path that this processor has instructions for. */
+int inlay_best_path(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512dq"))
+        return WITH_AVX512;
+    if (__builtin_cpu_supports("avx2")) return WITH_AVX2;
 #endif
+    return PLAIN;
 }
 
 /* Where the scales of a range of blocks come from: absmax[b], or map[codes[b]] * absmax[b >> nested_shift] + offset. */
@@ -72,24 +75,79 @@ static void lookup16(const uint8_t *in, int64_t n, const uint16_t *table, uint16
     if (n & 1) out[n - 1] = table[in[n / 2] >> 4];
 }
 
+static inline void scaled32(const float *book, float scale, uint32_t *table) {
+    for (int k = 0; k < 16; k++) table[k] = bits_of(book[k] * scale);
+}
+
+static inline void scaled16(const float *book, float scale, int dtype, uint16_t *table) {
+    for (int k = 0; k < 16; k++)
+        table[k] = dtype == BFLOAT16 ? to_bfloat16(book[k] * scale) : to_float16(book[k] * scale);
+}
+
 static void decode_plain(const uint8_t *in, int64_t n, const float *book, float scale, void *out, int64_t at, int dtype) {
     if (dtype == FLOAT32) {
         uint32_t table[16];
-        for (int k = 0; k < 16; k++) table[k] = bits_of(book[k] * scale);
+        scaled32(book, scale, table);
         lookup32(in, n, table, (uint32_t *)out + at);
     } else {
         uint16_t table[16];
-        for (int k = 0; k < 16; k++)
-            table[k] = dtype == BFLOAT16 ? to_bfloat16(book[k] * scale) : to_float16(book[k] * scale);
+        scaled16(book, scale, dtype, table);
         lookup16(in, n, table, (uint16_t *)out + at);
     }
 }
 
 #if defined(__x86_64__)
+/* Whole blocks [first, last). vpermd looks at the low three bits of an index, so the table is two halves and the fourth
+   bit, moved to the sign, says which. */
+AVX2 static void decode32_avx2(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+                               const scales_t *scales, uint32_t *out) {
+    const __m256 low = _mm256_loadu_ps(book), high = _mm256_loadu_ps(book + 8);
+    const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    for (int64_t b = first; b < last; b++) {
+        const __m256 scale = _mm256_set1_ps(scale_of(scales, b));
+        const __m256 below = _mm256_mul_ps(low, scale), above = _mm256_mul_ps(high, scale);
+        const uint8_t *in = packed + b * block / 2;
+        uint32_t *to = out + b * block;
+        for (int64_t i = 0; i < block; i += 8) {
+            int32_t four;
+            memcpy(&four, in + i / 2, 4);
+            const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(four), shift);
+            const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+            _mm256_storeu_ps((float *)(to + i), _mm256_blendv_ps(_mm256_permutevar8x32_ps(below, index),
+                                                                 _mm256_permutevar8x32_ps(above, index), upper));
+        }
+    }
+}
+
+/* The low and the high bytes of sixteen values are a table each for pshufb. */
+AVX2 static void decode16_avx2(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+                               const scales_t *scales, uint16_t *out, int dtype) {
+    const __m128i nibble = _mm_set1_epi8(15);
+    for (int64_t b = first; b < last; b++) {
+        uint16_t table[16];
+        uint8_t bytes[2][16];
+        scaled16(book, scale_of(scales, b), dtype, table);
+        for (int k = 0; k < 16; k++) { bytes[0][k] = (uint8_t)table[k]; bytes[1][k] = (uint8_t)(table[k] >> 8); }
+        const __m128i low = _mm_loadu_si128((const __m128i *)bytes[0]), high = _mm_loadu_si128((const __m128i *)bytes[1]);
+        const uint8_t *in = packed + b * block / 2;
+        __m128i *to = (__m128i *)(out + b * block);
+        for (int64_t i = 0; i < block; i += 32, to += 4) {
+            const __m128i pairs = _mm_loadu_si128((const __m128i *)(in + i / 2));
+            const __m128i even = _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble), odd = _mm_and_si128(pairs, nibble);
+            const __m128i index[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+            for (int h = 0; h < 2; h++) {
+                const __m128i lows = _mm_shuffle_epi8(low, index[h]), highs = _mm_shuffle_epi8(high, index[h]);
+                _mm_storeu_si128(to + 2 * h, _mm_unpacklo_epi8(lows, highs));
+                _mm_storeu_si128(to + 2 * h + 1, _mm_unpackhi_epi8(lows, highs));
+            }
+        }
+    }
+}
+
 /* Whole blocks [first, last). vpermd and vpermw look at the low four and five bits of an index, so shifting a nibble
    down is enough; the 16-bit table is held twice and the fifth bit does not matter. The order of the shifts puts the
    high nibble first. */
-AVX512 static void decode32_vector(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+AVX512 static void decode32_avx512(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
                                    const scales_t *scales, uint32_t *out) {
     const __m512 values = _mm512_loadu_ps(book);
     const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
@@ -107,7 +165,7 @@ AVX512 static void decode32_vector(const uint8_t *packed, int64_t first, int64_t
     }
 }
 
-AVX512 static void decode16_vector(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
+AVX512 static void decode16_avx512(const uint8_t *packed, int64_t first, int64_t last, int64_t block, const float *book,
                                    const scales_t *scales, uint16_t *out, int dtype) {
     const __m512 values = _mm512_loadu_ps(book);
     const __m512i spread = _mm512_set_epi16(7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4,
@@ -142,16 +200,21 @@ int inlay_dequantize4(const uint8_t *packed, int64_t n, int64_t block, const flo
                       const uint8_t *codes, const float *map, int nested_shift, float offset, void *out, int dtype,
                       int path, int threads) {
     if (block % 32 || (dtype == FLOAT16 && !HAS_FLOAT16)) return UNSUPPORTED;
-    if (path == VECTOR && !inlay_has_vector()) return UNSUPPORTED;
+    if (path > inlay_best_path()) return UNSUPPORTED;
     const scales_t scales = {absmax, map, codes, nested_shift, offset};
     const int64_t blocks = n / block, chunk = (1 << 16) / block, chunks = (blocks + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t c = 0; c < chunks; c++) {
         int64_t first = c * chunk, last = first + chunk < blocks ? first + chunk : blocks;
 #if defined(__x86_64__)
-        if (path == VECTOR) {
-            if (dtype == FLOAT32) decode32_vector(packed, first, last, block, book, &scales, (uint32_t *)out);
-            else decode16_vector(packed, first, last, block, book, &scales, (uint16_t *)out, dtype);
+        if (path == WITH_AVX512) {
+            if (dtype == FLOAT32) decode32_avx512(packed, first, last, block, book, &scales, (uint32_t *)out);
+            else decode16_avx512(packed, first, last, block, book, &scales, (uint16_t *)out, dtype);
+            continue;
+        }
+        if (path == WITH_AVX2) {
+            if (dtype == FLOAT32) decode32_avx2(packed, first, last, block, book, &scales, (uint32_t *)out);
+            else decode16_avx2(packed, first, last, block, book, &scales, (uint16_t *)out, dtype);
             continue;
         }
 #endif

@@ -26,11 +26,12 @@ _THREADED_FROM = 1 << 18  # weights; below, waking a thread costs more than the 
 
 
 class Path(IntEnum):
-    """The forms there are: torch, portable C, C with AVX-512."""
+    """The forms there are: torch, portable C, C with AVX2, C with AVX-512."""
 
     TORCH = -1
     PLAIN = 0
-    VECTOR = 1
+    AVX2 = 1
+    AVX512 = 2
 
 
 @cache
@@ -52,7 +53,7 @@ def best_path() -> Path:
     library = _library()
     if library is None:
         return Path.TORCH
-    candidates = [Path.VECTOR, Path.PLAIN] if library.inlay_has_vector() else [Path.PLAIN]
+    candidates = [Path(number) for number in range(library.inlay_best_path(), -1, -1)]
     return next((path for path in candidates if _agrees(path)), Path.TORCH)
 
 

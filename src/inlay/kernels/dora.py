@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay.kernels import compiled, dropout
 from inlay.kernels.frozen import Saved, Storage, storage_of
-from inlay.kernels.lora import Term, add_low_rank, cast_once, dtype_of, factor_grads, usable, without_autocast
+from inlay.kernels.lora import Term, add_low_rank, cast_once, dtype_of, factor_grads, usable, widened, without_autocast
 from inlay.memo import versions
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ class _DoRALinear(torch.autograd.Function):
     ) -> Tensor:
         saved, layout = found
         with without_autocast(x.device.type):
-            x_MI = shared.reshape(-1, shared.shape[-1])
+            x_MI = widened(shared.reshape(-1, shared.shape[-1]))
             z_MO = storage.forward(x_MI, saved, layout, bias_O)
-            s_MR = add_low_rank(x_MI, A_RI, B_OR, term, z_MO)
+            s_MR = add_low_rank(x_MI, A_RI, B_OR, term, z_MO).to(shared.dtype)
+            z_MO = z_MO.to(shared.dtype)
             y_MO = _rescale(z_MO, m_O / norm_O - 1, bias_O)
         ctx.save_for_backward(shared, z_MO, s_MR, A_RI, B_OR, m_O, norm_O, bias_O, *saved)
         ctx.storage, ctx.layout, ctx.term, ctx.dtype = storage, layout, term, x.dtype
@@ -135,6 +136,8 @@ class _DoRALinear(torch.autograd.Function):
         with without_autocast(dy.device.type):
             x_MI, dy_MO = shared.reshape(-1, shared.shape[-1]), dy.reshape(-1, dy.shape[-1])
             dz_MO, dratio_O = _rescale_grads(dy_MO, z_MO, m_O / norm_O - 1, bias_O)
+            x_MI, dz_MO = widened(x_MI), widened(dz_MO)
+            s_MR = s_MR.to(x_MI.dtype)
             dx_MI = ctx.storage.input_grad(dz_MO, tuple(saved), ctx.layout) if ctx.needs_input_grad[0] else None
             dA_RI, dB_OR = factor_grads(dz_MO, x_MI, s_MR, A_RI, B_OR, ctx.term, dx_MI)
             dx = None if dx_MI is None else dx_MI.view(shared.shape).to(ctx.dtype)

@@ -2,8 +2,11 @@
 
 On AMD processors torch hands fp32 products to MKL, which reaches half the rate of oneDNN there; the same numbers come
 out to the last digits. Which of the two is used is decided once per process and size class, by timing both on a small
-product: the difference is a factor of two or none, so the decision does not change from run to run. All other dtypes
-and devices have one library.
+product: the difference is a factor of two or none, so the decision does not change from run to run.
+
+A processor without instructions for bf16 or fp16 (most that have AVX2 alone) multiplies them ten times as slowly as
+fp32. `emulated` says so, and callers compute in fp32 there and round what comes out: the sums are fp32 either way. All
+other dtypes and devices have one library.
 
 Shapes: M rows, I features entering, O features leaving.
 """
@@ -42,6 +45,32 @@ def input_grad(dy_MO: Tensor, weight_OI: Tensor) -> Tensor:
         dx_MI: Tensor = torch.ops.mkldnn._linear_pointwise(dy_MO.contiguous(), weight_OI.t(), None, "none", [], "")
         return dx_MI
     return dy_MO.mm(weight_OI)
+
+
+FEW = 4
+"""Rows below which converting a weight costs more than multiplying by it in its own dtype."""
+
+
+def emulated(x: Tensor) -> bool:
+    """Whether products of x with a weight in its dtype are better computed in fp32, because the processor lacks it."""
+    return (
+        x.dtype in _HALVES
+        and x.is_cpu
+        and x.numel() >= FEW * x.shape[-1]
+        and not _has_instructions(x.dtype)
+        and compiled.enabled()
+    )
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """What oneDNN says of this processor; True where it cannot be asked."""
+    name = "_is_mkldnn_bf16_supported" if dtype is torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    asked = getattr(torch.ops.mkldnn, name, None)
+    return asked is None or bool(asked())
 
 
 def _through_onednn(x: Tensor, weight: Tensor) -> bool:

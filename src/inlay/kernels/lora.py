@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inlay.anatomy.base import Columns
-from inlay.kernels import dropout, lowrank, triton_select
+from inlay.kernels import dropout, gemm, lowrank, triton_select
 from inlay.kernels.frozen import Saved, Storage, bias_of, storage_of, weight_of
 from inlay.memo import versions
 from inlay.route import Rows
@@ -318,6 +318,11 @@ def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype in which its products are computed here."""
+    return x.float() if gemm.emulated(x) else x
+
+
 def _flat(x: Tensor) -> Tensor:
     """[M, I] of [..., I]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -367,6 +372,9 @@ def _forward(
     factors: tuple[Tensor, ...],
 ) -> tuple[Tensor, list[Tensor]]:
     """y and s. y is no view: models may go on in place, which autograd forbids on views made in a Function."""
+    if gemm.emulated(x):
+        y, lows = _forward(x.float(), bias_O, storage, saved, layout, terms, factors)
+        return y.to(x.dtype), [s_MR.to(x.dtype) for s_MR in lows]
     y = storage.forward(x, saved, layout, bias_O)
     x_MI, y_MO = _flat(x), _flat(y)
     lows = []
@@ -381,11 +389,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     shared, *rest = ctx.saved_tensors
     saved, rest = tuple(rest[: ctx.count]), rest[ctx.count :]
     terms: tuple[Term, ...] = ctx.terms
-    x_MI, dy_MO = _flat(shared), _flat(dy)
+    x_MI, dy_MO = widened(_flat(shared)), widened(_flat(dy))
     dx_MI = ctx.storage.input_grad(dy_MO, saved, ctx.layout) if ctx.needs_input_grad[0] else None
     grads: list[Tensor | None] = []
     for i, term in enumerate(terms):
-        A_RI, B_OR, s_MR = rest[2 * i], rest[2 * i + 1], rest[2 * len(terms) + i]
+        A_RI, B_OR, s_MR = rest[2 * i], rest[2 * i + 1], _in(rest[2 * len(terms) + i], x_MI.dtype)
         if term.rows is ALL:
             grads += factor_grads(dy_MO, x_MI, s_MR, A_RI, B_OR, term, dx_MI)
         else:
