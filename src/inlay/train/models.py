@@ -212,7 +212,7 @@ def _refuse_mismatches(name: str, model: Any, mismatched: Iterable[Any]) -> None
     inside = f"{model.base_model_prefix}."
     wrong = [
         f"{key} {tuple(stored)} instead of {tuple(wanted)}"
-        for key, stored, wanted in mismatched
+        for key, stored, wanted in sorted(mismatched)  # a set, in another order each time
         if key.startswith(inside)
     ]
     if wrong:
