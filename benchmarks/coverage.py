@@ -345,11 +345,15 @@ def step(model: nn.Module, adapter: inlay.Adapter, inputs: dict[str, Any], const
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.5)
-    torch.manual_seed(0)
-    output = first(model(**inputs))
-    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    (output.float() * target).nan_to_num().mean().backward()
     found = inlay.anatomy(model)
+    model.train(bool(found.reruns))  # such blocks are trained in training mode only
+    try:
+        torch.manual_seed(0)
+        output = first(model(**inputs))
+        target = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        (output.float() * target).nan_to_num().mean().backward()
+    finally:
+        model.eval()
     idle = {p for p, leaf in found.leaves.items() if not leaf.called or leaf.rows == "routed"}
     without = []
     for key, parameter in adapter.named_parameters():

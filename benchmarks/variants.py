@@ -94,7 +94,7 @@ class Variant:
             elif self.batch.get("inputs_embeds") is not None:
                 self.batch["inputs_embeds"].grad = None
             marks.append(self._now())
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         for part, start, end in zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False):
             self.split.setdefault(part, []).append((end - start) * 1e3)
 

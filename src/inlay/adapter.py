@@ -16,6 +16,7 @@ from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError
 from inlay.hosts import insert
 from inlay.hosts.base import Host, is_intact, remove
 from inlay.hosts.model import ModelHost, hosts_rows, tell_padding
+from inlay.hosts.reversible import surround
 from inlay.hosts.saving import keep_adapters
 from inlay.methods.base import Method, Piece, VirtualTokens
 from inlay.route import Group, everyone
@@ -201,7 +202,7 @@ def attach(
         model.__dict__[STATE] = state
     adapter = Adapter(name, method, model)
     try:
-        _insert(model, state, adapter, built)
+        _insert(model, state, adapter, built, found.reruns)
         if not any(True for _ in adapter.parameters()):
             raise MethodError(
                 f"{method!r} trains nothing on {found.model}: it has no parameters and there is no new task head."
@@ -279,7 +280,7 @@ def _refuse_sharded(model: nn.Module) -> None:
                 )
 
 
-def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> None:
+def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built, reruns: tuple[str, ...]) -> None:
     modules = dict(modules_of(model))
     for key, piece, site in built:
         state.hosts |= insert(modules, adapter.name, key, piece, site)
@@ -293,7 +294,9 @@ def _insert(model: nn.Module, state: State, adapter: Adapter, built: Built) -> N
         from inlay.hosts.attention import enable
 
         enable(model)
-    if any(isinstance(piece, VirtualTokens) for piece in adapter.pieces.values()):
+    for path in reruns:
+        state.hosts[path] = surround(modules, path, adapter.name, adapter.paths)
+    if reruns or any(isinstance(piece, VirtualTokens) for piece in adapter.pieces.values()):
         hosts_rows(model)
 
 

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 import inlay
 from tiny import batch, tiny
 
+DROPPING = {
+    "lora": inlay.LoRA(rank=2, dropout=0.4),
+    "adalora": inlay.AdaLoRA(init_rank=3, target_rank=2, total_steps=50, dropout=0.4),
+    "dora": inlay.DoRA(rank=2, dropout=0.4),
+    "bottleneck": inlay.Bottleneck(size=4, dropout=0.4),
+    "prefix": inlay.Prefix(length=2, dropout=0.4),
+}
+
 
 def made(method: inlay.Method, family: str, checkpointing: bool) -> tuple[nn.Module, list[inlay.Adapter]]:
     model = tiny(family)
@@ -107,3 +115,23 @@ def test_a_backward_pass_that_fails_leaves_the_route() -> None:
     handle.remove()
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, wanted)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", DROPPING)
+def test_reentrant_checkpointing_drops_the_same_in_both_passes(name: str, rows: bool) -> None:
+    """Its first pass runs without gradients, where steps are taken that need not drop anything."""
+    found = []
+    for checkpointing in (False, True):
+        model, pair = made(DROPPING[name], "llama", checkpointing=False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        inlay.use(model, ["a", "b", None] if rows else "a")
+        torch.manual_seed(1)
+        loss = model(**batch(model)).loss
+        loss.backward()
+        grads = [p.grad for a in pair for p in a.parameters() if p.grad is not None]
+        found.append((loss.detach(), *grads))
+    assert len(found[0]) > 1
+    torch.testing.assert_close(found[1], found[0])

@@ -60,6 +60,7 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
         hidden_size=hidden_size(model) or _usual_width(whole, blocks),
         causal=any(a.heads.causal and not a.cross for a in everything),
         encoder_decoder=encoder_decoder,
+        reruns=record.reruns(),
         problem=None if blocks else "the run on a few tokens showed no repeated layers",
         notes=_notes(leaves, tree),
     )
@@ -286,6 +287,8 @@ def _notes(leaves: dict[str, Leaf], tree: Tree) -> tuple[str, ...]:
     dead = [p for p, leaf in leaves.items() if leaf.dead]
     if dead:
         notes.append(f"no gradient can reach what these compute, so they are in no semantic name: {_few(dead)}")
+    if reruns := tree.record.reruns():
+        notes.append(f"runs its blocks again in a backward pass of its own, in training mode: {_few(list(reruns))}")
     fused = [p for p, leaf in leaves.items() if leaf.experts]
     if fused:
         notes.append(f"experts in one tensor, out of reach of 'linear'; 'ffn' adapts the block: {_few(fused)}")

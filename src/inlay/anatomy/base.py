@@ -190,6 +190,8 @@ class Anatomy:
         new_head: whether the head is of the kind that is new for each task.
         hidden_size: the width of the residual stream.
         causal, encoder_decoder: what kind of model it is.
+        reruns: modules that run their blocks without gradients, and again in a backward pass of their own (reversible
+            layers).
         problem: why nothing, or no attention, was found.
         notes: what a user should know: parts that did not run, leaves that cannot host pieces.
     """
@@ -205,6 +207,7 @@ class Anatomy:
     hidden_size: int = 0
     causal: bool = False
     encoder_decoder: bool = False
+    reruns: tuple[str, ...] = ()
     problem: str | None = None
     notes: tuple[str, ...] = ()
 

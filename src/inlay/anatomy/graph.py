@@ -211,6 +211,15 @@ class Trace:
                 todo += [following for following, _ in node.next_functions]
         return found | {c.path for c in self.silent} if own_backward else found
 
+    def reruns(self) -> tuple[str, ...]:
+        """Modules that run what is inside them without gradients, and again in a backward pass of their own."""
+        silent = {id(c) for c in self.silent}
+        heard = {c.path: c for c in self.modules if id(c) not in silent}
+        trained = {c.path for c in self.leaves if id(c) not in silent}
+        unheard = {c.path for c in self.silent if isinstance(c, LeafCall)} - trained
+        nearest = {max((p for p in heard if inside(path, p)), key=len, default=None) for path in unheard}
+        return tuple(p for p, c in heard.items() if p in nearest and _has_own_backward(c))
+
     def comes_from_within(self, call: Call, path: str) -> bool:
         """Whether all of a call's output was computed by leaves inside a module, with nothing passed around them."""
         sources = self.sources(call.y)
@@ -220,6 +229,21 @@ class Trace:
         """What a leaf reads, as long as it is other leaves alone: () where the residual stream is part of it."""
         sources = self.sources(call.x)
         return sources if all(isinstance(c, LeafCall) for c in sources) else ()
+
+
+def _has_own_backward(call: ModuleCall) -> bool:
+    """Whether a step whose backward pass is not torch's own leads from what a module is given to what it gives."""
+    seen: set[Node] = {None, *(t.grad_fn for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor))}
+    todo: list[Node] = [call.y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def _is_part(call: Call, path: str) -> bool:

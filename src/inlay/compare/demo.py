@@ -1,8 +1,8 @@
 """The comparison that needs no arguments: every method on the demo's task, in about 15 minutes on two cores.
 
-How long its runs are depends on how fast this machine multiplies, which is measured first: the longest of `LENGTHS` that
-fits the time. Two seeds are the fewest that show a spread. `--steps 474 --seeds 3` is the demo's own length, and `--sizes
-100,500,1000,all` adds how much a method gets out of little data.
+How long its runs are depends on how fast this machine multiplies, which is measured first: the longest of `LENGTHS`
+that fits the time. Two seeds are the fewest that show a spread. `--steps 474 --seeds 3` is the demo's own length, and
+`--sizes 100,500,1000,all` adds how much a method gets out of little data.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SEEDS = 2
 SIZES = "all"
 FOLDER = "runs/compare-demo"
 NOTE = (
-    "Each method has the defaults of inlay.train.defaults. The runs are as long as lets the whole comparison take about "
-    f"{MINUTES} minutes on this machine: methods that start slowly gain most from more steps."
+    "Each method has the defaults of inlay.train.defaults. The runs are as long as lets the whole comparison take "
+    f"about {MINUTES} minutes on this machine: methods that start slowly gain most from more steps."
 )
 
 

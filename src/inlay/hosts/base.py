@@ -83,7 +83,8 @@ class Hosted:
     """What a hosted module knows: path, pieces by adapter, the spans it opens, and the plan for this route.
 
     `proven` is set where a run on a few tokens showed that its own code can be followed, `pads` where a piece was
-    placed that needs to know the padding.
+    placed that needs to know the padding. `around` names the adapters of a model whose blocks this module runs again
+    in its backward pass, and says of each whether it has pieces in these blocks.
     """
 
     path: str
@@ -92,11 +93,12 @@ class Hosted:
     plan: Any = None
     proven: bool = False
     pads: bool = False
+    around: dict[str, bool] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether no adapter needs this host any more."""
-        return not any(self.placed.values()) and not any(self.opens.values())
+        return not (any(self.placed.values()) or any(self.opens.values()) or self.around)
 
 
 class Host:
@@ -224,6 +226,7 @@ def remove(module: nn.Module, adapter: str) -> None:
         return
     module._inlay.placed.pop(adapter, None)
     module._inlay.opens.pop(adapter, None)
+    module._inlay.around.pop(adapter, None)
     bag = module._modules["inlay"]
     assert isinstance(bag, Pieces)
     bag.drop(adapter)

@@ -132,6 +132,8 @@ def add_columns(y: Tensor, delta: Tensor, columns: Columns) -> Tensor:
 class LeafHost(Host):
     """Serves `Delta` and `Replacement` pieces."""
 
+    training: bool
+
     @classmethod
     def make_plan(cls, state: Hosted, groups: tuple[Group, ...]) -> Plan | None:
         """The acts of each group at this module, in the order in which the adapters are named."""
@@ -154,6 +156,12 @@ class LeafHost(Host):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if plan.fused is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             y = plan.fused(self, args[0])
+            if y is None and self.training and not torch.is_grad_enabled():
+                # A pass that runs again for its gradients, perhaps (reversible layers, reentrant checkpointing): the
+                # step must drop here what it will drop then.
+                with torch.enable_grad():
+                    y = plan.fused(self, args[0])
+                y = None if y is None else y.detach()
             if y is not None:
                 return y
         return _run(plan, super().forward, args, kwargs)  # type: ignore[misc]

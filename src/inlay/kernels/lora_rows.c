@@ -12,7 +12,13 @@
 #ifndef AHEAD
 #define AHEAD 1024
 #endif
-enum { LANES = 16, RANKS = 4, ROWS = 4, MOST = 256 };
+/* Two rows of sums for four ranks fit the registers of either kind. */
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { RANKS = 4, ROWS = 4, MOST = 256 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
