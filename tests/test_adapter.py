@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import inlay
-from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError, SiteError
+from inlay.errors import AdapterError, AttachmentError, FormatError, MethodError, QuantizationError, SiteError
 from tiny import batch, tiny
 
 
@@ -254,7 +255,7 @@ def test_refusals_leave_the_model_untouched():
         inlay.attach(model, inlay.LoRA(layers=(5,)))
     with pytest.raises(AdapterError, match="letters, digits"):
         inlay.attach(model, inlay.LoRA(), name="a.b")
-    with pytest.raises(MethodError, match="rank must be at least 1"):
+    with pytest.raises(MethodError, match="rank: must be greater than or equal to 1"):
         inlay.attach(model, inlay.LoRA(rank=0))
     with pytest.raises(AdapterError, match="no adapter is attached"):
         inlay.use(model, None)
@@ -327,3 +328,21 @@ def test_a_forward_replaced_on_a_module_is_refused():
     linear.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
     with pytest.raises(AttachmentError, match=r"q_proj: its forward was replaced"):
         inlay.attach(model, inlay.LoRA(rank=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: inlay.LoRA(rnk=8), MethodError, "rnk: unknown key; did you mean 'rank'"),
+        (lambda: inlay.LoRA(rank="x"), MethodError, "rank: expected a whole number or a mapping, got 'x'"),
+        (lambda: inlay.LoRA(rank={"ffn": 0}), MethodError, "rank: must be greater than or equal to 1, got 0"),
+        (lambda: inlay.LoRA(alpha=float("nan")), MethodError, "alpha: must be a finite number"),
+        (lambda: inlay.DoRA(init="kaimin"), MethodError, "did you mean 'kaiming'"),
+        (lambda: inlay.Bottleneck.houlsby(size=0), MethodError, "Bottleneck: size: must be"),
+        (lambda: inlay.NF4(block_size=7), QuantizationError, "block_size: expected one of 32, 64"),
+        (lambda: inlay.attach(5, inlay.LoRA()), AttachmentError, "torch.nn.Module"),
+    ],
+)
+def test_wrong_settings_are_told_in_words(make, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        make()

@@ -187,3 +187,12 @@ def test_a_combined_adapter_is_saved_and_loaded(tmp_path):
         again = tiny("gpt2")
         inlay.load(again, tmp_path / format)
         torch.testing.assert_close(logits(again), y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [{"a": float("nan")}, {"a": float("inf")}, {"a": "1"}, {"a": True}, ["a"], {}])
+def test_weights_that_are_no_numbers_are_refused(weights):
+    model = tiny("llama")
+    inlay.attach(model, inlay.LoRA(rank=2), "a")
+    with pytest.raises(AdapterError, match=r"weight"):
+        inlay.combine(model, weights, "sum")
+    assert set(inlay.adapters(model)) == {"a"}

@@ -458,3 +458,24 @@ def test_bitsandbytes_layers(capsys):
     adapter.unmerge()
     assert model[0].weight is packed
     assert torch.equal(weight_of(model[0]).float(), weight)
+
+
+def test_an_adapter_that_another_needs_in_the_weights_is_not_taken_out_from_under_it():
+    """IA3 merged behind LoRA scales what the LoRA in the weights reads; alone in the weights it would not."""
+    model = tiny("llama")
+    a, b = inlay.attach(model, inlay.LoRA(rank=2), "a"), inlay.attach(model, inlay.IA3(), "b")
+    randomise(a)
+    randomise(b, seed=5)
+    inlay.use(model, ("a", "b"))
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    a.merge()
+    b.merge()
+    merged = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(MergeError, match=r"Unmerge \['b'\] first"):
+        a.unmerge()
+    assert a.merged
+    assert b.merged
+    assert all(torch.equal(value, merged[key]) for key, value in model.state_dict().items())
+    b.unmerge()
+    a.unmerge()
+    assert all(torch.equal(value, plain[key]) for key, value in model.state_dict().items())

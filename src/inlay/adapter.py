@@ -189,6 +189,8 @@ def attach(
         SiteError: a selector matches nothing. MethodError: the method cannot work on this model.
         AdapterError: the name is taken. AttachmentError: the model is sharded or wrapped already.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachmentError(f"attach() takes a torch.nn.Module to put the method into, not {type(model).__name__}.")
     if not isinstance(method, Method):
         raise MethodError(f"attach() takes a method such as inlay.LoRA(rank=8), not {type(method).__name__}.")
     state = state_of(model)

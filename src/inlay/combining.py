@@ -100,10 +100,14 @@ def combine(
     state = require(model)
     if how not in ("concat", "svd", "linear"):
         raise AdapterError(f"how={how!r} is not known: {nearest(str(how), ('concat', 'svd', 'linear'))}")
-    if not weights:
+    if not weights or not isinstance(weights, Mapping):
         raise AdapterError("combine() needs at least one adapter with its weight, for example {'a': 0.7, 'b': -0.3}.")
-    for each in weights:
+    for each, weight in weights.items():
         known_name(state, each)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise AdapterError(
+                f"the weight of {each!r} is {weight!r}; a weight is a finite number, negative to subtract."
+            )
     if rank is not None and (how != "svd" or rank < 1):
         raise AdapterError("rank= is for how='svd', and at least 1; 'concat' adds the ranks up, 'linear' keeps them.")
     _check_head(state.adapters, weights, head)

@@ -7,9 +7,11 @@ from `key=value` words and from flags. Nothing here imports torch or transformer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from inlay.complaints import type_name
 
 Task = Literal[
     "sequence-classification",
@@ -273,21 +275,3 @@ def key_table() -> list[tuple[str, str, str, str]]:
         default = "" if field.is_required() else repr(field.get_default(call_default_factory=True, validated_data={}))
         rows.append((key, type_name(field.annotation), "" if default == "None" else default, field.description or ""))
     return rows
-
-
-def type_name(annotation: Any) -> str:
-    """A type as a user would say it.
-
-    >>> type_name(int | None)
-    'int'
-    """
-    if annotation is type(None):
-        return ""
-    parts = get_args(annotation)
-    if parts and all(isinstance(part, str) for part in parts):
-        return "|".join(parts)
-    if parts and getattr(annotation, "__origin__", None) in (list, dict):
-        return f"{annotation.__origin__.__name__} of " + "=".join(filter(None, map(type_name, parts)))
-    if parts:
-        return " or ".join(dict.fromkeys(filter(None, map(type_name, parts))))
-    return "" if annotation is Any else str(getattr(annotation, "__name__", annotation))

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from inlay.config import ALIASES, RunConfig, contradictions, type_name
+from inlay.complaints import complaints, type_name
+from inlay.config import ALIASES, RunConfig, contradictions
 from inlay.errors import ConfigError, nearest
 
 Problem = tuple[str, str, str]  # place, key, what is wrong
@@ -129,7 +129,7 @@ def _checked(source: Source, required: tuple[str, ...]) -> RunConfig:
         config = RunConfig.model_validate(source.values)
     except ValidationError as error:
         config = None
-        for key, complaint in _complaints(error.errors(include_url=False), RunConfig, required):
+        for key, complaint in complaints(error, RunConfig, required, suggestion):
             wrong.add(key.partition(".")[0])
             problems.append((source.place(key), key, complaint))
     sound = {key: value for key, value in source.values.items() if key not in wrong}
@@ -155,46 +155,11 @@ def _lenient_lists(values: dict[str, Any]) -> None:
         values["columns"] = {role.strip(): column.strip() for role, column in pairs}
 
 
-def _complaints(
-    errors: Sequence[ErrorDetails], model: type[BaseModel], required: tuple[str, ...] = ()
-) -> list[tuple[str, str]]:
-    """(key, complaint) for each pydantic error, with one complaint per key where a union gave several."""
-    told: dict[str, str] = {}
-    for error in errors:
-        name = str(error["loc"][0]) if error["loc"] else ""
-        nested = [str(part) for part in error["loc"][1:] if not _union_label(part)]
-        key = ".".join([name, *nested]) if nested and error["type"] == "extra_forbidden" else name
-        if key in told:
-            continue
-        field = model.model_fields.get(name)
-        if error["type"] == "extra_forbidden":
-            told[key] = f"unknown key; {suggestion(name, model)}"
-        elif error["type"] == "missing":
-            told[key] = "is required and was not given" if name in required or not required else "is required"
-        elif error["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-            told[key] = f"{error['msg'].replace('Input should be', 'must be')}, got {_shown(error['input'])}"
-        elif error["type"] == "value_error":
-            told[key] = str(error["ctx"]["error"])
-        else:
-            expected = type_name(field.annotation) if field is not None else "something else"
-            at = f" at {'.'.join(nested)}" if nested else ""
-            close = nearest(str(error["input"]), expected.split("|")) if "|" in expected else ""
-            choice = f"; {close}" if close.startswith("did") else ""
-            told[key] = f"expected {_english(expected)}{at}, got {_shown(error['input'])}{choice}"
-    return list(told.items())
-
-
-def _union_label(part: Any) -> bool:
-    return isinstance(part, str) and bool(
-        re.fullmatch(r"(str|int|float|bool|none)|(list|dict|constrained|function|literal).*\[.*", part)
-    )
-
-
-def suggestion(key: str, model: type[BaseModel] = RunConfig) -> str:
+def suggestion(key: str) -> str:
     """The clause that names the key meant: another tool's name for it, or the closest ones."""
-    if model is RunConfig and key in ALIASES:
+    if key in ALIASES:
         return f"did you mean {ALIASES[key]!r}?"
-    return nearest(key, model.model_fields)
+    return nearest(key, RunConfig.model_fields)
 
 
 def method_names() -> set[str]:
@@ -249,13 +214,14 @@ def _parts(setting: Any) -> tuple[list[Any], list[tuple[str, str]]]:
             continue
         try:
             built.append(cls(**settings))
-        except ValidationError as error:
+        except ValueError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                problems.append((above, str(error)))
+                continue
             problems += [
                 (f"{above}.{key}" if key else above, f"{text} (a setting of {cls.__name__})")
-                for key, text in _complaints(error.errors(include_url=False), cls)
+                for key, text in complaints(error.__cause__, cls)
             ]
-        except ValueError as error:
-            problems.append((above, str(error)))
     return built, problems
 
 
@@ -349,19 +315,6 @@ def _plain(node: Any) -> Any:
         if isinstance(node, builtin):
             return builtin(node)
     return node
-
-
-def _english(expected: str) -> str:
-    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-    if "|" in expected:
-        return "one of " + ", ".join(expected.split("|"))
-    parts = expected.split(" or ")
-    return " or ".join("a mapping" if part.startswith("dict") else words.get(part, part) for part in parts)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _told(problems: list[Problem]) -> str:

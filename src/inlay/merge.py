@@ -142,8 +142,8 @@ def unmerge(adapter: Adapter) -> None:
     Adapters that were merged after it are taken out first and merged again afterwards.
 
     Raises:
-        MergeError: it is not merged, the weights were changed since, or another adapter was built from the merged
-            weights.
+        MergeError: it is not merged, the weights were changed since, another adapter was built from the merged
+            weights, or one merged later cannot stay so without this one. Nothing has changed then.
     """
     state = _attached(adapter)
     if not adapter.merged:
@@ -152,13 +152,28 @@ def unmerge(adapter: Adapter) -> None:
     modules = dict(modules_of(adapter.model))
     for each in [adapter, *later]:
         _refuse_changed(state, each, modules)
-    again = [(each, each._merge_record) for each in later]
-    for each in [*reversed(later), adapter]:
-        _undo(state, each, modules, each._merge_record)
-    for each, record in again:
-        chosen, rest = _linear(state, modules, each.name)
-        _fold_in(state, each, modules, chosen, rest, record.to, record.requantise)
-    state.activate(state.groups, state.batch)
+    records = [(each, each._merge_record) for each in [adapter, *later]]
+    for each, record in reversed(records):
+        _undo(state, each, modules, record)
+    try:
+        for each, record in records[1:]:
+            _again(state, modules, each, record)
+        state.activate(state.groups, state.batch)
+    except (AdapterError, MergeError) as error:
+        for each in [each for each in reversed(later) if each.merged]:
+            _undo(state, each, modules, each._merge_record)
+        for each, record in records:
+            _again(state, modules, each, record)
+        names = [each.name for each in later]
+        raise MergeError(
+            f"{names} cannot stay merged once {adapter.name!r} acts beside the weights again. Unmerge {names} first."
+        ) from error
+
+
+def _again(state: State, modules: dict[str, nn.Module], adapter: Adapter, record: Record) -> None:
+    """Merges as before."""
+    chosen, rest = _linear(state, modules, adapter.name)
+    _fold_in(state, adapter, modules, chosen, rest, record.to, record.requantise)
 
 
 def original(model: nn.Module, path: str, name: str) -> nn.Parameter | None:

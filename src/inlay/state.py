@@ -80,8 +80,8 @@ def use(model: nn.Module, rows: RowSpec | Sequence[RowSpec]) -> Use:
 
     Args:
         model: a model with adapters.
-        rows: a name, a tuple of names (all of them, in this order, on every row), None for the base alone, or a list
-            with one such entry per row of the batch.
+        rows: a name, a tuple of names (all of them, in this order, on every row), None or () for the base alone, or a
+            list with one such entry per row of the batch.
 
     Raises:
         AdapterError: an unknown name; the message says which row.

@@ -310,3 +310,25 @@ def test_a_refused_call_leaves_no_trace():
     with pytest.raises(AdapterError):
         model.generate(ids, max_new_tokens=2, guidance_scale=2.0)
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "searched", [{"do_sample": False}, {"num_beams": 2, "do_sample": False}], ids=["greedy", "beams"]
+)
+def test_a_penalty_for_repetition_sees_the_text_of_each_row_alone(searched):
+    """transformers looks up in the mask where a row begins; virtual tokens of other rows must not shift that."""
+    model = tiny("llama")
+    attach(model, Prompt(length=5), "p")
+    inputs = left(model)
+    settings = {
+        "max_new_tokens": 1, "repetition_penalty": 5.0, "output_scores": True, "return_dict_in_generate": True,
+        "pad_token_id": 0, **searched,
+    }  # fmt: skip
+    rows = [None, "p", None]
+    with inlay.use(model, rows):
+        together = model.generate(**inputs, **settings).scores[0]
+    beams = len(together) // len(rows)
+    for row, name in enumerate(rows):
+        with inlay.use(model, name):
+            alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **settings).scores[0]
+        torch.testing.assert_close(together[row * beams : (row + 1) * beams], alone, rtol=1e-4, atol=1e-4)

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import transformers
-from pydantic import ValidationError
 from torch import nn
 
 import inlay
+from inlay.errors import MethodError
 from methods.test_prompt import LENGTH, peft_model
 from tiny import batch, tiny
 
@@ -197,9 +197,9 @@ def test_copies_and_compiled_models_agree():
         ({"template": "{prompt} {text}"}, "at least 1"),
         ({"template": "{prompt:3 {text}"}, "brace"),
         ({"template": "{prompt:3} {text}", "places": ((0, 2),)}, r"do not have the counts \(3,\)"),
-        ({"encoder": "gru"}, "Input should be"),
+        ({"encoder": "gru"}, "expected one of lstm, mlp, got 'gru'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):
-    with pytest.raises(ValidationError, match=words):
+    with pytest.raises(MethodError, match=words):
         inlay.PTuning(**settings)

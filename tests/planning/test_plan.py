@@ -266,3 +266,14 @@ def test_settings_may_follow_a_method():
     assert made.cost("lora").trained > 512
     with pytest.raises(ConfigError, match="key=value"):
         inlay.plan(SMALL, "lora:rank")
+
+
+@pytest.mark.parametrize(("text", "words"), [("24", "24 bytes"), ("1.5.2GB", "no amount"), ("much", "no amount")])
+def test_what_is_no_amount_of_memory(text, words):
+    with pytest.raises(ConfigError, match=words):
+        bytes_of(text)
+
+
+def test_answers_of_a_model_without_a_decoder_are_refused():
+    with pytest.raises(ConfigError, match="no decoder of its own"):
+        inlay.plan(SMALL, "lora", target_length=8)

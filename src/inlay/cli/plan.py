@@ -9,7 +9,9 @@ def verb(
     model: str = typer.Option(..., "--model", "-m", help="Folder or hub name of the model; only its config is read."),
     method: list[str] = typer.Option(None, "--method", help="lora, lora:rank=64, lora+prefix; all when absent."),
     base: list[str] = typer.Option(None, "--base", help="How weights are stored: fp32, bf16, int8, nf4, nf4-dq."),
-    gpu: str = typer.Option(None, "--gpu", help="Memory of the device, as 24GB: what fits, and how much of it."),
+    gpu: str = typer.Option(
+        None, "--gpu", help="Memory of the device with its unit, as 24GB: what fits, and how much of it."
+    ),
     batch: int = typer.Option(8, "--batch", help="Rows of a step."),
     length: int = typer.Option(512, "--length", help="Tokens of a row."),
     target_length: int = typer.Option(None, "--target-length", help="Tokens of an answer (seq2seq)."),
@@ -22,11 +24,16 @@ def verb(
     json: bool = typer.Option(False, "--json", help="As JSON, for programs."),
 ) -> None:
     """Say what training would cost: parameters, memory, time, and what fits."""
+    from pathlib import Path
+
     from rich.console import Console
 
+    from inlay.errors import ConfigError
     from inlay.planning.bases import BASES
     from inlay.planning.plan import plan
 
+    if picture is not None and not Path(picture).absolute().parent.is_dir():
+        raise ConfigError(f"picture: there is no folder {Path(picture).absolute().parent} to write it to")
     bases = list(base or BASES)
     detail = bases[0] if "bf16" not in bases else "bf16"
     aside = Console(stderr=True)

@@ -37,12 +37,14 @@ class Job:
         text_BT: the user's ids, None where they passed embeddings.
         ids_BP: the same with the virtual ids in, None where there are none or they are in the encoder.
         layout: where the virtual tokens stand.
+        mask_BT: which of the user's columns are text.
         seen: how many of the P columns the model has read into its cache.
     """
 
     text_BT: Tensor | None = None
     ids_BP: Tensor | None = None
     layout: Layout | None = None
+    mask_BT: Tensor | None = None
     seen: int = 0
 
     @property
@@ -109,7 +111,7 @@ def run(model: Any, base: Callable[..., Any], given: dict[str, Any], serving: Se
         job = Job(text, None, extended.layout)
     else:
         ids_BP: Tensor = inputs["input_ids"]
-        job = Job(text, ids_BP, extended.layout, _past(given, serving))
+        job = Job(text, ids_BP, extended.layout, given.get("attention_mask"), _past(given, serving))
         inputs["input_ids"] = ids_BP.masked_fill(ids_BP >= serving.prompts.first, _safe_id(model, serving))
         _lengthen(model, inputs, job.added)
         if given.get("streamer") is not None:
@@ -198,6 +200,12 @@ def text_processors(job: Job, make: Callable[..., Any], args: tuple[Any, ...], k
     if config.min_new_tokens is not None:
         config.min_length -= job.added
     bound |= {"generation_config": config, "input_ids_seq_length": job.text_BT.shape[1]}
+    # Where the text of each row begins is read from the mask: columns before it are not looked at.
+    around = dict(bound.get("model_kwargs") or {})
+    lengthened = around.get("attention_mask")
+    if isinstance(lengthened, Tensor) and lengthened.ndim == 2 and job.mask_BT is not None and job.mask_BT.ndim == 2:
+        around["attention_mask"] = _repeat(job.mask_BT, len(lengthened)).to(lengthened.device)
+        bound["model_kwargs"] = around
     processors = TextProcessors(make(**bound))
     processors.job = job
     return processors

@@ -178,7 +178,10 @@ def _acts(state: Hosted, group: Group) -> Acts:
     }
     replacements = [p.piece for p in placed if isinstance(p.piece, Replacement)]
     if len(replacements) > 1:
-        raise AdapterError(f"the adapters {group.names} each replace {state.path}; on the same rows only one can.")
+        raise AdapterError(
+            f"the adapters {group.names} each replace {state.path}; on the same rows only one "
+            "can. Attach all but one of them with head=None, or use them on different rows."
+        )
     replacement = replacements[0] if replacements else None
     if replacement is not None and any(p.piece.needs_frozen for p in placed):
         raise AdapterError(

@@ -170,7 +170,7 @@ class AdaLoRA(Method):
 
     target_rank: int = Field(default=8, ge=0)
     init_rank: int = Field(default=12, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     total_steps: int | None = Field(default=None, ge=1)
     warmup: Span = 0.1

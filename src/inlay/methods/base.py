@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy, Columns, Site
-from inlay.errors import MergeError, MethodError
+from inlay.complaints import wrong_settings
+from inlay.errors import MergeError, MethodError, nearest
 from inlay.route import Rows
 
 if TYPE_CHECKING:
@@ -315,6 +316,12 @@ class Method(BaseModel, abc.ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
 
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise MethodError(wrong_settings(type(self), error)) from error
+
     tag: ClassVar[str] = ""
     citation: ClassVar[str] = ""
 
@@ -400,10 +407,6 @@ def from_spec(spec: dict[str, Any]) -> Method:
     Raises:
         MethodError: the name is not a method, or its settings are not what that method takes.
     """
-    from pydantic import ValidationError
-
-    from inlay.errors import nearest
-
     settings = copy.deepcopy(spec)
     name = str(settings.pop("method", ""))
     if name == "mix":
@@ -411,11 +414,7 @@ def from_spec(spec: dict[str, Any]) -> Method:
     known = methods()
     if name not in known:
         raise MethodError(f"method {name!r} is not known: {nearest(name, known)}")
-    try:
-        return known[name].model_validate(settings)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise MethodError(f"method {name!r} does not take these settings: {problems}") from error
+    return known[name](**settings)
 
 
 def citation(what: object) -> str:

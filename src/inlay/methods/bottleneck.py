@@ -154,7 +154,7 @@ class Bottleneck(Method):
     @classmethod
     def houlsby(cls, size: int = 64, **changes: object) -> Bottleneck:
         """Two sequential adapters a block and trained LayerNorms."""
-        return cls.model_validate({"size": size, "init": "houlsby", "train_norms": True} | changes)
+        return cls(**({"size": size, "init": "houlsby", "train_norms": True} | changes))
 
     @classmethod
     def pfeiffer(cls, reduction: float = 16, **changes: object) -> Bottleneck:
@@ -167,14 +167,13 @@ class Bottleneck(Method):
         }
         if "size" in changes:
             settings.pop("reduction")
-        return cls.model_validate(settings | changes)
+        return cls(**(settings | changes))
 
     @classmethod
     def parallel(cls, size: int = 512, sites: str | tuple[str, ...] = "ffn", **changes: object) -> Bottleneck:
         """A parallel adapter on the feed-forward span, or on attention with `sites="attn"`."""
-        return cls.model_validate(
-            {"size": size, "sites": sites, "reads": "x", "activation": "relu", "init": "bert"} | changes
-        )
+        settings = {"size": size, "sites": sites, "reads": "x", "activation": "relu", "init": "bert"}
+        return cls(**(settings | changes))
 
     @classmethod
     def scaled_parallel(cls, size: int = 512, scale: float | str = 4.0, **changes: object) -> Bottleneck:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -122,11 +122,15 @@ def embedding_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter
     return nn.Parameter(A), nn.Parameter(torch.randn(site.out_features, rank, dtype=torch.float32))
 
 
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class LowRank(Method):
     """What LoRA and DoRA share: rank, alpha and dropout at each chosen site."""
 
-    rank: int | dict[str, int] = 8
-    alpha: float | dict[str, float] = 16.0
+    rank: Rank | dict[str, Rank] = 8
+    alpha: Alpha | dict[str, Alpha] = 16.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     rslora: bool = False
     init: Init = "kaiming"
@@ -149,25 +153,12 @@ class LowRank(Method):
         return sites
 
     def rank_of(self, site: Site) -> int:
-        """The rank at one site.
-
-        Raises:
-            MethodError: a rank below 1.
-        """
-        rank = _pick(self.rank, site, 8)
-        if rank < 1:
-            raise MethodError(f"rank must be at least 1, not {rank} (site {site.leave}).")
-        return rank
+        """The rank at one site."""
+        return _pick(self.rank, site, 8)
 
     def scale_of(self, site: Site) -> float:
-        """s at one site: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-
-        Raises:
-            MethodError: an alpha that is not positive.
-        """
+        """s at one site: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alpha, rank = _pick(self.alpha, site, 16.0), self.rank_of(site)
-        if not alpha > 0:
-            raise MethodError(f"alpha must be positive, not {alpha} (site {site.leave}).")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 

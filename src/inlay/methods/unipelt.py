@@ -62,4 +62,4 @@ class UniPELT(Method):
             "init": "bert",
         }  # fmt: skip
         wanted = {"l": lora, "p": prefix, "a": adapter}
-        return tuple(Inlay.model_validate(cell | gated) for key, cell in wanted.items() if key in self.variant)
+        return tuple(Inlay(**(cell | gated)) for key, cell in wanted.items() if key in self.variant)

@@ -160,6 +160,8 @@ def plan(
     """
     _check(bases, detail, batch, length, optim, device)
     config = config_of(model, revision)
+    if target_length is not None and not getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"target_length={target_length}: {config.model_type} has no decoder of its own; leave it out")
     settings = Settings(task_of(config, task), length, target_length, device, optim, accumulates)
     study = Study(config, settings)
     chosen = _chosen(method)
@@ -298,4 +300,7 @@ def bytes_of(text: str | int | None) -> int | None:
     if found is None or found[1].count(".") > 1 or found[1] == ".":
         raise ConfigError(f"gpu={text!r} is no amount of memory; write 24GB")
     unit: int = 1024 ** " kmgt".find(found[2] or " ")
-    return round(float(found[1]) * unit)
+    amount = round(float(found[1]) * unit)
+    if amount < 1 << 20:
+        raise ConfigError(f"gpu={text!r} is {amount} bytes, on which nothing fits; write 24GB")
+    return amount

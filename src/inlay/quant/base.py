@@ -12,8 +12,11 @@ from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
+
+from inlay.complaints import wrong_settings
+from inlay.errors import QuantizationError
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -107,6 +110,12 @@ class BlockQuantization(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise QuantizationError(wrong_settings(type(self), error)) from error
 
     double_quant: bool = True
     compute_dtype: DTypeName | None = None

@@ -8,6 +8,7 @@ memory in use until the file is closed.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from inlay.quant.nf4 import NF4
 from inlay.quant.selection import config_entry, dense_patterns, select, warn_about_dense_rest
 
 _METHOD = "inlay_4bit"
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_quantized(
@@ -107,6 +111,8 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
+    if not _HUB_NAME.fullmatch(str(path)):
+        raise QuantizationError(f"{path}: there is no such folder, and a name on the hub is written org/name")
     patterns = ["*.safetensors", "*.json", "*.py"]
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 

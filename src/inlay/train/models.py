@@ -239,6 +239,8 @@ def load_any(config: RunConfig, task: str | None = None) -> Any:
 def _told(what: str, task: str = "") -> Iterator[None]:
     try:
         yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         purpose = f" for {task}" if task else ""

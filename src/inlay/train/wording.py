@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ValidationError
-
 from inlay.config import RunConfig
 from inlay.data.encode_template import Wording
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, MethodError
 from inlay.methods.base import Method, Mix
 from inlay.methods.p_tuning import PTuning
 from inlay.methods.prompt import Prompt
@@ -148,10 +146,10 @@ def _part(part: Method, config: RunConfig, wording: Wording | None, tokenizer: A
     else:
         start = {"init": "text", "text_ids": ids(config.init_text or "")}
     try:
-        return Prompt.model_validate(part.model_dump() | dict(start))
-    except ValidationError as error:
+        return Prompt(**(part.model_dump() | dict(start)))
+    except MethodError as error:
         key = "init_classes" if config.init_classes else "init_text"
-        raise ConfigError(f"{key}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{key}: {str(error).removeprefix('Prompt: ')}") from None
 
 
 def start_from_words(adapter: Any, config: RunConfig, tokenizer: Any) -> float | None:
