@@ -117,6 +117,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: no barriers on a shared machine)")
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "bench", help="folder of finished cells")
     parser.add_argument("--name", help="how the machine is called in the report's file name")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="cells with all these words, such as lora bfloat16"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, write the report of what is there")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -125,6 +128,9 @@ def main() -> None:
         path.unlink(missing_ok=True)
     wanted, start, digest = cells(options.quick), time.monotonic(), code()
     for number, cell in enumerate(wanted, 1):
+        label = " ".join(str(v) for k, v in cell.items() if k not in ("script", "repeats"))
+        if not set(options.only) <= set(label.split()):
+            continue
         if options.report or any(line["cell"] == cell for line in read(path, digest)):
             continue
         if time.monotonic() - start > 60 * options.minutes:
@@ -133,7 +139,6 @@ def main() -> None:
         result = measure(cell, options.threads)
         with path.open("a") as file:
             file.write(json.dumps({"cell": cell, "code": digest, "machine": machine(), **result}) + "\n")
-        label = " ".join(str(v) for k, v in cell.items() if k not in ("script", "repeats"))
         print(f"{number:3}/{len(wanted)}  {label:40} {time.monotonic() - begun:5.1f} s", flush=True)
     from report import text, write
 
