@@ -4,8 +4,8 @@
     python benchmarks/learning_rates.py --table         # writes benchmarks/learning-rates-<date of the newest cell>.md
 
 Understanding: film reviews and 77 intents with MiniLM; generation: restaurant descriptions and one-sentence summaries of
-papers with a Llama of 0.7 million parameters. Tasks are those of `benchmarks/methods.py`, with `SHORTER` runs, so that the
-grid of three rates ends in an hour on one core. A rate is chosen that is best, or near the best, on both sets. `--only`
+papers with a Llama of 0.7 million parameters. Tasks are those of `benchmarks/methods.py`, with `SHORTER` runs: one to
+two minutes a cell on one core. A rate is chosen that is best, or near the best, on both sets. `--only`
 takes tasks, methods, or cells written task:method:rate.
 """
 

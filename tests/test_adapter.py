@@ -255,7 +255,7 @@ def test_refusals_leave_the_model_untouched():
         inlay.attach(model, inlay.LoRA(layers=(5,)))
     with pytest.raises(AdapterError, match="letters, digits"):
         inlay.attach(model, inlay.LoRA(), name="a.b")
-    with pytest.raises(MethodError, match="rank: must be greater than or equal to 1"):
+    with pytest.raises(MethodError, match="rank: must be greater than 0"):
         inlay.attach(model, inlay.LoRA(rank=0))
     with pytest.raises(AdapterError, match="no adapter is attached"):
         inlay.use(model, None)
@@ -335,7 +335,7 @@ def test_a_forward_replaced_on_a_module_is_refused():
     [
         (lambda: inlay.LoRA(rnk=8), MethodError, "rnk: unknown key; did you mean 'rank'"),
         (lambda: inlay.LoRA(rank="x"), MethodError, "rank: expected a whole number or a mapping, got 'x'"),
-        (lambda: inlay.LoRA(rank={"ffn": 0}), MethodError, "rank: must be greater than or equal to 1, got 0"),
+        (lambda: inlay.LoRA(rank={"ffn": 0}), MethodError, "rank: must be greater than 0, got 0"),
         (lambda: inlay.LoRA(alpha=float("nan")), MethodError, "alpha: must be a finite number"),
         (lambda: inlay.DoRA(init="kaimin"), MethodError, "did you mean 'kaiming'"),
         (lambda: inlay.Bottleneck.houlsby(size=0), MethodError, "Bottleneck: size: must be"),

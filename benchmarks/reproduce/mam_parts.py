@@ -22,7 +22,7 @@ FORMS = {
     "prefix alone": PREFIX | {"size": 48},
     "scaled parallel adapter alone": ADAPTER | {"size": 48},
 }
-RATES = (1e-3, 4e-3)
+RATES = (3e-4, 1e-3)
 
 
 def judge(outcome: Outcome) -> Verdict:

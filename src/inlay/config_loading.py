@@ -215,12 +215,12 @@ def _parts(setting: Any) -> tuple[list[Any], list[tuple[str, str]]]:
         try:
             built.append(cls(**settings))
         except ValueError as error:
-            if not isinstance(error.__cause__, ValidationError):
+            if not isinstance(error.__context__, ValidationError):
                 problems.append((above, str(error)))
                 continue
             problems += [
                 (f"{above}.{key}" if key else above, f"{text} (a setting of {cls.__name__})")
-                for key, text in complaints(error.__cause__, cls)
+                for key, text in complaints(error.__context__, cls)
             ]
     return built, problems
 

@@ -320,7 +320,7 @@ class Method(BaseModel, abc.ABC):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise MethodError(wrong_settings(type(self), error)) from error
+            raise MethodError(wrong_settings(type(self), error)) from None
 
     tag: ClassVar[str] = ""
     citation: ClassVar[str] = ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AllowInfNan, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from inlay.anatomy.base import Anatomy, Columns, Site
@@ -122,14 +122,13 @@ def embedding_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter
     return nn.Parameter(A), nn.Parameter(torch.randn(site.out_features, rank, dtype=torch.float32))
 
 
-Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[PositiveFloat, AllowInfNan(False)]
 
 
 class LowRank(Method):
     """What LoRA and DoRA share: rank, alpha and dropout at each chosen site."""
 
-    rank: Rank | dict[str, Rank] = 8
+    rank: PositiveInt | dict[str, PositiveInt] = 8
     alpha: Alpha | dict[str, Alpha] = 16.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     rslora: bool = False

@@ -115,7 +115,7 @@ class BlockQuantization(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise QuantizationError(wrong_settings(type(self), error)) from error
+            raise QuantizationError(wrong_settings(type(self), error)) from None
 
     double_quant: bool = True
     compute_dtype: DTypeName | None = None
