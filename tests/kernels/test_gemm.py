@@ -38,7 +38,7 @@ def without_instructions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     for name in ("linear", "input_grad"):
         real = getattr(gemm, name)
         monkeypatch.setattr(gemm, name, lambda a, *rest, real=real: seen.append(a.dtype) or real(a, *rest))
-    monkeypatch.setattr(gemm, "_has_instructions", lambda dtype: False)
+    monkeypatch.setattr(gemm, "has_instructions", lambda dtype: False)
     return seen
 
 

@@ -24,8 +24,16 @@ CPU = torch.device("cpu")
         ({"bf16": True, "dtype": "float32"}, "lora", torch.bfloat16, "float32"),
     ],
 )
-def test_how_frozen_weights_are_kept(keys, method, stored, expected):
+def test_how_frozen_weights_are_kept(keys, method, stored, expected, monkeypatch):
+    monkeypatch.setattr("inlay.train.precision.has_instructions", lambda dtype: dtype is not torch.float16)
     assert resolve_dtype(config(**keys), method, stored, CPU).dtype == expected
+
+
+def test_weights_that_the_processor_cannot_multiply_are_widened_unless_a_dtype_is_named(monkeypatch):
+    monkeypatch.setattr("inlay.train.precision.has_instructions", lambda dtype: dtype is torch.float32)
+    assert resolve_dtype(config(bf16=False), "lora", torch.bfloat16, CPU).dtype == "float32"
+    assert resolve_dtype(config(bf16=False), "lora", torch.bfloat16, torch.device("cuda")).dtype == "bfloat16"
+    assert resolve_dtype(config(bf16=False, dtype="bfloat16"), "lora", torch.bfloat16, CPU).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("fast", [True, False])

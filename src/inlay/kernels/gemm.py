@@ -5,8 +5,8 @@ out to the last digits. Which of the two is used is decided once per process and
 product: the difference is a factor of two or none, so the decision does not change from run to run.
 
 A processor without instructions for bf16 or fp16 (most that have AVX2 alone) multiplies them ten times as slowly as
-fp32. `emulated` says so, and callers compute in fp32 there and round what comes out: the sums are fp32 either way. All
-other dtypes and devices have one library.
+fp32, and dy W a hundred times. `emulated` says so; products are then computed in fp32 and rounded, as their sums are
+fp32 either way. All other dtypes and devices have one library.
 
 Shapes: M rows, I features entering, O features leaving.
 """
@@ -33,6 +33,8 @@ SMALL = 32
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x Wᵀ + b of shape (..., O) for x of shape (..., I); not differentiable."""
+    if emulated(x):
+        return linear(x.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
     if _through_onednn(x, weight_OI):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight_OI, bias_O, "none", [], "")
         return y
@@ -41,6 +43,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def input_grad(dy_MO: Tensor, weight_OI: Tensor) -> Tensor:
     """dx_MI = dy W; not differentiable."""
+    if emulated(dy_MO):
+        return input_grad(dy_MO.float(), weight_OI.float()).to(dy_MO.dtype)
     if _through_onednn(dy_MO, weight_OI):
         dx_MI: Tensor = torch.ops.mkldnn._linear_pointwise(dy_MO.contiguous(), weight_OI.t(), None, "none", [], "")
         return dx_MI
@@ -57,7 +61,7 @@ def emulated(x: Tensor) -> bool:
         x.dtype in _HALVES
         and x.is_cpu
         and x.numel() >= FEW * x.shape[-1]
-        and not _has_instructions(x.dtype)
+        and not has_instructions(x.dtype)
         and compiled.enabled()
     )
 
@@ -66,8 +70,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 @cache
-def _has_instructions(dtype: torch.dtype) -> bool:
-    """What oneDNN says of this processor; True where it cannot be asked."""
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies that dtype, as oneDNN says; True where it cannot be asked."""
+    if dtype not in _HALVES:
+        return True
     name = "_is_mkldnn_bf16_supported" if dtype is torch.bfloat16 else "_is_mkldnn_fp16_supported"
     asked = getattr(torch.ops.mkldnn, name, None)
     return asked is None or bool(asked())

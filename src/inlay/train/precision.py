@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from inlay.config import RunConfig
+from inlay.kernels.gemm import has_instructions
 
 TOKENS, WIDTH, INNER = 512, 384, 1536  # one feed-forward of a small encoder on a small batch
 GAIN = 0.9  # bf16 must take less than this part of the fp32 time: below that the loss of digits buys nothing
@@ -30,14 +31,15 @@ def resolve_dtype(config: RunConfig, method: str, stored: torch.dtype | None, de
     """The configuration with `dtype` decided, as far as the model's configuration says how its weights are stored.
 
     Under bf16 autocast each matrix is rounded to bf16 in every forward pass; kept in bf16 it is rounded once, in half
-    the memory (a step of MiniLM takes two thirds of the time on a CPU). A CPU computes too slowly in float16.
+    the memory (a step of MiniLM takes two thirds of the time on a CPU). A CPU computes too slowly in float16, and in
+    bfloat16 if it has no instructions for it.
     """
     if config.dtype != "auto":
         return config
     rounds = config.bf16 and not any(part in TRAINS_THE_BASE for part in method.split("+"))
     if rounds:
         chosen = "bfloat16"
-    elif stored == torch.float16 and device.type == "cpu":
+    elif device.type == "cpu" and (stored == torch.float16 or (stored and not has_instructions(stored))):
         chosen = "float32"
     else:
         chosen = str(stored).removeprefix("torch.") if stored is not None else "auto"
