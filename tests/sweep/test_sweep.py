@@ -82,17 +82,19 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "varied"),
+    ("family", "kind", "varied", "full"),
     [
-        ("bert", "labelled", ["learning_rate=1e-3,5e-3", "method.rank=2,4"]),
-        ("llama", "prompted", ["method=lora,bottleneck,prefix,ia3"]),
+        ("bert", "labelled", ["learning_rate=1e-3,5e-3", "method.rank=2,4"], 1 << 20),
+        ("bert", "labelled", ["learning_rate=1e-3,5e-3", "method.rank=2,4"], 1),
+        ("llama", "prompted", ["method=lora,bottleneck,prefix,ia3"], 1 << 20),
     ],
 )
-def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch, family, kind, varied):
+def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch, family, kind, varied, full):
     sizes = counted(monkeypatch)
+    monkeypatch.setattr(together, "FULL", full)
     space = Space.of([*words(world, family, kind), *varied])
     swept = sweep(None, space, space.grid(), output_dir=str(tmp_path / "sweep"), quiet=True)
-    assert set(sizes) == {4}
+    assert set(sizes) == {4 if full > 1 else 1}
     for point in space.grid()[1:3]:  # different in both settings, or methods of two kinds
         alone = train(load(None, [*space.fixed, *point.words], {"output_dir": str(tmp_path / point.name)}), quiet=True)
         assert_same_run(tmp_path / "sweep" / point.name, alone.run)
@@ -104,6 +106,16 @@ def test_side_by_side_is_as_alone(world, tmp_path, monkeypatch, family, kind, va
     base = tiny("llama") if family == "llama" else tiny("bert", "cls", dropout=0.2)
     loaded = inlay.load(base, tmp_path / "sweep" / swept.rows[0]["run"] / "adapter", allow_other_base=True)
     assert loaded.trained_parameters == swept.rows[0]["trained_parameters"]
+
+
+def test_passes_hold_what_fills_a_cpu_and_everything_elsewhere():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for runs in range(1, 10):
+        for tokens in (0, 1, 100, 200, 512, 5000):
+            shares = together.passes(runs, tokens, cpu)
+            assert [number for share in shares for number in share] == list(range(runs))
+            assert all(len(share) == 1 or len(share) * tokens <= together.FULL for share in shares)
+            assert together.passes(runs, tokens, cuda) == [range(runs)]
 
 
 def test_prefixes_of_a_sweep_start_from_words_as_alone(world, tmp_path, monkeypatch):

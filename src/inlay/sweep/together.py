@@ -23,6 +23,9 @@ from inlay.train.checkpoint import Interrupted
 from inlay.train.contracts import Batch
 from inlay.train.loop import Group, Loop, seed_batch
 
+FULL = 512
+"""Tokens that fill a CPU. A pass of more gains nothing and outgrows its caches: 8 runs of 512 took 1.08 of the time."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -92,14 +95,30 @@ def _step(model: nn.Module, running: Sequence[Member], group: Group) -> list[tup
     parts: list[list[tuple[Sequence[Sequence[int]], Tensor]]] = [[] for _ in running]
     for index, own in enumerate(group.own):
         rows = len(own.rows)
-        seed_batch(lead.config.seed, lead.state.epoch, lead.state.batch + index)
-        inlay.use(model, [member.name for member in running for _ in range(rows)])
-        with AlikeForEach(runs, rows):
-            _, loss_B = lead._backward(_repeated(own, runs), 1.0 / group.targets)
-        for number, mine_B in enumerate(loss_B.split(rows)):
-            totals[number] = totals[number] + mine_B.sum()
-            parts[number].append((own.rows, mine_B))
+        for some in passes(runs, _tokens(own), lead.team.device):
+            seed_batch(lead.config.seed, lead.state.epoch, lead.state.batch + index)
+            inlay.use(model, [running[number].name for number in some for _ in range(rows)])
+            with AlikeForEach(len(some), rows):
+                _, loss_B = lead._backward(_repeated(own, len(some)), 1.0 / group.targets)
+            for number, mine_B in zip(some, loss_B.split(rows), strict=True):
+                totals[number] = totals[number] + mine_B.sum()
+                parts[number].append((own.rows, mine_B))
     return [m.loop._apply(group, total, part) for m, total, part in zip(running, totals, parts, strict=True)]
+
+
+def passes(runs: int, tokens: int, device: torch.device) -> list[range]:
+    """Which runs share a pass, where each brings so many tokens: all of them, on a CPU until it is full.
+
+    >>> passes(8, 200, torch.device("cpu"))
+    [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    """
+    most = max(1, FULL // max(tokens, 1)) if device.type == "cpu" else runs
+    return [range(at, min(at + most, runs)) for at in range(0, runs, most)]
+
+
+def _tokens(batch: Batch) -> int:
+    """How many a batch has, padding included."""
+    return max((t.shape[:2].numel() for t in batch.inputs.values() if t.ndim > 1), default=len(batch.rows))
 
 
 def _repeated(batch: Batch, times: int) -> Any:
