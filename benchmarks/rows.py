@@ -191,7 +191,7 @@ def train(adapters: int, rows: int, tokens: int, rounds: int) -> None:
     def together() -> None:
         for some in passes(adapters, rows * tokens, ids.device):
             part = slice(some.start * rows, some.stop * rows)
-            step(names[part], ids[part])
+            step(names[part] if len(some) > 1 else names[part.start], ids[part])
 
     def alike() -> None:
         step("a0", ids)

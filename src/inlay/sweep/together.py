@@ -97,7 +97,8 @@ def _step(model: nn.Module, running: Sequence[Member], group: Group) -> list[tup
         rows = len(own.rows)
         for some in passes(runs, _tokens(own), lead.team.device):
             seed_batch(lead.config.seed, lead.state.epoch, lead.state.batch + index)
-            inlay.use(model, [running[number].name for number in some for _ in range(rows)])
+            names = [running[number].name for number in some]
+            inlay.use(model, names[0] if len(names) == 1 else [name for name in names for _ in range(rows)])
             with AlikeForEach(len(some), rows):
                 _, loss_B = lead._backward(_repeated(own, len(some)), 1.0 / group.targets)
             for number, mine_B in zip(some, loss_B.split(rows), strict=True):
