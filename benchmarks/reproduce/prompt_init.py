@@ -45,7 +45,7 @@ def width_of_embeddings(config: RunConfig) -> float:
 
 
 if __name__ == "__main__":
-    args = arguments("prompt_init", __doc__ or "", data="banking77", seeds=3, steps=200, batch=32)
+    args = arguments("prompt_init", __doc__ or "", seeds=3, steps=200, batch=32)
     config = template(args)
     tokenizer = models.load_tokenizer(config)
     words = words_of_classes(config, tokenizer)
