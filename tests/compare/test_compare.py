@@ -139,7 +139,7 @@ def test_the_same_call_again_runs_nothing_and_more_methods_run_only_those(finish
     after = {path.name: path.stat().st_mtime_ns for path in (output / "cells").iterdir()}
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"ia3_all_1.json", "ia3_12_1.json"}
-    assert "6 runs, 4 of them finished before" in told.getvalue()
+    assert "6 runs of 4 steps, 4 of them finished before" in told.getvalue()
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished, world, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from inlay.errors import QuantizationError
-from inlay.kernels import blocks4_product
+from inlay.kernels import blocks4_product, gemm
 from inlay.quant import FP4, NF4, Linear4, quantize, weight_of
 from inlay.quant.base import BlockQuantization
 
@@ -48,6 +48,7 @@ def theirs(layer: nn.Linear, quant_type: str, double_quant: bool) -> bnb.nn.Line
 def decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of a decoded weight: the same bits as torch's own. Others differ in the order of sums."""
     monkeypatch.setattr(blocks4_product, "best_form", lambda dtype: None)
+    monkeypatch.setattr(gemm, "has_instructions", lambda dtype: True)
 
 
 @pytest.mark.usefixtures("decoded_first")

@@ -44,16 +44,12 @@ class Packed(NamedTuple):
 
     def linear(self, x_BI: Tensor, bias_O: Tensor | None) -> Tensor:
         """y_BO = x Wᵀ + b in the dtype of x, a fresh tensor; not differentiable."""
-        if gemm.emulated(x_BI):
-            return self.linear(x_BI.float(), bias_O).to(x_BI.dtype)
         bias_O = None if bias_O is None else bias_O.to(x_BI.dtype)
         y_BO = blocks4_product.product(x_BI, self.data, self.state(x_BI.dtype), bias_O)
         return gemm.linear(x_BI, self.scratch(x_BI.dtype), bias_O) if y_BO is None else y_BO
 
     def input_grad(self, dy_MO: Tensor) -> Tensor:
         """dx_MI = dy W in the dtype of dy, a fresh tensor; not differentiable."""
-        if gemm.emulated(dy_MO):
-            return self.input_grad(dy_MO.float()).to(dy_MO.dtype)
         dx_MI = blocks4_product.product(dy_MO, self.data, self.state(dy_MO.dtype), backward=True)
         return gemm.input_grad(dy_MO, self.scratch(dy_MO.dtype)) if dx_MI is None else dx_MI
 
