@@ -66,7 +66,9 @@ def has_bf16() -> bool:
     """Whether this processor multiplies bf16; where it does not, a step of most variants takes half a minute."""
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    from inlay.kernels.gemm import has_instructions
+
+    return has_instructions(torch.bfloat16)
 
 
 def measure(cell: Cell, threads: int) -> dict[str, Any]:

@@ -85,15 +85,19 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_values_and_gradients_are_those_of_the_blocks_written_out(name: str) -> None:
-    model, ids = reformer(), tokens()
-    adapter = attach(model, METHODS[name])
+def as_written_out(model: nn.Module, method: inlay.Method) -> None:
+    """Values and gradients are those of the blocks written out."""
+    ids, adapter = tokens(), attach(model, method)
     logits = model(ids).logits
     found = gradients(logits, adapter)
     wanted = unrolled(model, input_ids=ids)
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     same(found, gradients(wanted, adapter))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_and_gradients_are_those_of_the_blocks_written_out(name: str) -> None:
+    as_written_out(reformer(), METHODS[name])
 
 
 def test_virtual_tokens_too() -> None:
@@ -112,13 +116,7 @@ def test_virtual_tokens_too() -> None:
 @pytest.mark.parametrize("name", DROPPING)
 def test_both_passes_drop_the_same(name: str) -> None:
     """On rows of one chunk: for the hashes of longer ones Reformer draws numbers in its first pass alone."""
-    model, ids = reformer(chunk=16), tokens()
-    adapter = attach(model, DROPPING[name])
-    logits = model(ids).logits
-    found = gradients(logits, adapter)
-    wanted = unrolled(model, input_ids=ids)
-    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
-    same(found, gradients(wanted, adapter))
+    as_written_out(reformer(chunk=16), DROPPING[name])
 
 
 def test_another_route_at_the_backward_pass() -> None:

@@ -48,6 +48,7 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
         whole.setdefault(mixer.path, _as_leaf(tree.whole[mixer.path], tree))
     head, new_head = head_of(model, leaves)
     everything = [a for b in blocks for a in b.attentions]
+    reruns = record.reruns()
     return Anatomy(
         model=type(model).__name__,
         leaves=leaves,
@@ -60,9 +61,9 @@ def assemble(model: nn.Module, record: Trace) -> Anatomy:
         hidden_size=hidden_size(model) or _usual_width(whole, blocks),
         causal=any(a.heads.causal and not a.cross for a in everything),
         encoder_decoder=encoder_decoder,
-        reruns=record.reruns(),
+        reruns=reruns,
         problem=None if blocks else "the run on a few tokens showed no repeated layers",
-        notes=_notes(leaves, tree),
+        notes=_notes(leaves, tree, reruns),
     )
 
 
@@ -279,7 +280,7 @@ def _stack_name(stack: str) -> str:
     return next((name for name in ("decoder", "encoder") if any(name in w for w in words)), "")
 
 
-def _notes(leaves: dict[str, Leaf], tree: Tree) -> tuple[str, ...]:
+def _notes(leaves: dict[str, Leaf], tree: Tree, reruns: tuple[str, ...]) -> tuple[str, ...]:
     notes = []
     bypassed = [p for p, leaf in leaves.items() if leaf.bypassed]
     if bypassed:
@@ -287,7 +288,7 @@ def _notes(leaves: dict[str, Leaf], tree: Tree) -> tuple[str, ...]:
     dead = [p for p, leaf in leaves.items() if leaf.dead]
     if dead:
         notes.append(f"no gradient can reach what these compute, so they are in no semantic name: {_few(dead)}")
-    if reruns := tree.record.reruns():
+    if reruns:
         notes.append(f"runs its blocks again in a backward pass of its own, in training mode: {_few(list(reruns))}")
     fused = [p for p, leaf in leaves.items() if leaf.experts]
     if fused:

@@ -42,23 +42,27 @@ class Length:
 
     def flags(self) -> dict[str, Any]:
         """The keys of a run configuration that make runs so long."""
-        held_out = demo.files(Path(default_cache_dir()))[1]
-        some = {} if self.held_out >= demo.HELD_OUT else {"eval_data": f"{held_out}#{self.held_out}"}
-        return some | {
+        found: dict[str, Any] = {
             "max_steps": self.steps,
             "per_device_train_batch_size": self.rows,
             "save_steps": self.steps,
             "eval_steps": -(-self.steps // self.points),
         }
+        if self.held_out < demo.HELD_OUT:
+            found["eval_data"] = f"{demo.files(Path(default_cache_dir()))[1]}#{self.held_out}"
+        return found
 
     def seconds(self, runs: int, variants: int, unit: float) -> float:
         """About how long so many runs take, and inference once a variant, where `feed_forward_seconds` are `unit`.
 
-        The factors are those of the 17 methods on average, from comparisons on two machines.
+        The factors are rough, from the step times of a few methods on two machines; no whole comparison tested them.
         """
         training, reading = 0.8 * self.steps * self.rows, 0.3 * (self.points + 1) * self.held_out
         return runs * (5 + unit * (training + reading)) + 6 * variants
 
+
+LENGTH_KEYS = ("max_steps", "per_device_train_batch_size", "save_steps", "eval_steps", "eval_data")
+"""What `Length.flags` may give."""
 
 LENGTHS = (Length(80, 32, 3, 600), Length(40, 32, 2, 600), Length(40, 16, 1, 300), Length(20, 16, 1, 300))
 
@@ -113,4 +117,4 @@ def _length_of(folder: Path) -> dict[str, Any]:
     if not (folder / MARK).exists():
         return {}
     settings = read_json(folder / MARK)["settings"]
-    return {key: settings[key] for key in Length(1, 1, 1, 1).flags() if settings.get(key) is not None}
+    return {key: settings[key] for key in LENGTH_KEYS if settings.get(key) is not None}

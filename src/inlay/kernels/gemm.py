@@ -4,9 +4,10 @@ On AMD processors torch hands fp32 products to MKL, which reaches half the rate 
 out to the last digits. Which of the two is used is decided once per process and size class, by timing both on a small
 product: the difference is a factor of two or none, so the decision does not change from run to run.
 
-A processor without instructions for bf16 or fp16 (most that have AVX2 alone) multiplies them ten times as slowly as
-fp32, and dy W a hundred times. `emulated` says so; products are then computed in fp32 and rounded, as their sums are
-fp32 either way. All other dtypes and devices have one library.
+A processor without instructions for bf16 or fp16 (most with AVX2 alone) multiplies them far more slowly than fp32: a
+frozen Llama's forward pass took 6 times as long, its backward pass 70 times (`benchmarks/run.py`, Zen 3). `emulated`
+says so; products are then computed in fp32 and rounded, as their sums are fp32 either way. All other dtypes and devices
+have one library.
 
 Shapes: M rows, I features entering, O features leaving.
 """

@@ -57,11 +57,9 @@ def faster_in_bf16(device: torch.device) -> bool:
     """Whether a feed-forward, forward and backward, is faster under bf16 autocast on this device."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
+    if device.type != "cpu" or not has_instructions(torch.bfloat16):
         return False
-    plain = feed_forward_seconds(False)
-    # Without instructions for it bf16 takes ten times as long, which two tries show.
-    return feed_forward_seconds(True, 2) < 3 * plain and feed_forward_seconds(True) < GAIN * plain
+    return feed_forward_seconds(True) < GAIN * feed_forward_seconds(False)
 
 
 def fastest_feed_forward() -> float:
@@ -71,14 +69,14 @@ def fastest_feed_forward() -> float:
     return feed_forward_seconds(faster_in_bf16(torch.device("cpu")))
 
 
-def feed_forward_seconds(bf16: bool, rounds: int = 4) -> float:
+def feed_forward_seconds(bf16: bool) -> float:
     """Seconds of a small encoder's feed-forward on a small batch on the CPU, forward and backward, at best."""
     generator = torch.Generator().manual_seed(0)
     up = torch.randn(INNER, WIDTH, generator=generator)
     down = torch.randn(WIDTH, INNER, generator=generator)
     x_TI = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
     best = float("inf")
-    for _ in range(rounds):
+    for _ in range(4):
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             y_TI = F.linear(F.gelu(F.linear(x_TI, up)), down)
