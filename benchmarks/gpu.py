@@ -44,6 +44,7 @@ SHAPES = {
     "8B": Size(4096, 14336, 32, 32, 8, 128256, 1, 512),
 }
 TINY = {"tiny": Size(64, 128, 2, 4, 2, 256, 1, 16)}
+PROJECTIONS = [(2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)]
 GIB = 1 << 30
 VARIANTS = (
     ("lora", "inlay"),
@@ -53,6 +54,7 @@ VARIANTS = (
     ("qlora", "peft"),
     ("qlora", "peft best"),
     ("lora", "frozen"),
+    ("lora", "full"),
 )
 COMPILED = (("lora", "inlay"), ("lora", "peft best"))
 
@@ -170,45 +172,41 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def layer_forms(device: str, tiny: bool, steps: int) -> list[list[str]]:
+def layer_forms(I: int, O: int, device: str, tiny: bool, steps: int) -> list[list[str]]:
     """One projection with LoRA, forward and backward: the frozen layer, torch's operations, ours with the form chosen."""
     from inlay.kernels import triton_lora, triton_products
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    shapes = [(64, 48)] if tiny else [(2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)]
     if device == "cpu":
         triton_lora.FP32_TILES = (triton_products.Tile(16, 32, 32, 4, 1),)
         triton_lora.fastest = lambda key, candidates: candidates[1]()
     rows = []
-    for I, O in shapes:
-        for M in (16,) if tiny else (512, 2048, 8192):
-            for p in (0.0, 0.05):
-                x = torch.randn(M, I, device=device).to(dtype).requires_grad_()
-                dy = torch.randn(M, O, device=device).to(dtype)
-                w = (torch.randn(O, I, device=device) * I**-0.5).to(dtype)
-                A = (torch.randn(16, I, device=device) * I**-0.5).requires_grad_()
-                B = torch.randn(O, 16, device=device).requires_grad_()
+    for M in (16,) if tiny else (512, 2048, 8192):
+        for p in (0.0, 0.05):
+            x = torch.randn(M, I, device=device).to(dtype).requires_grad_()
+            dy = torch.randn(M, O, device=device).to(dtype)
+            w = (torch.randn(O, I, device=device) * I**-0.5).to(dtype)
+            A = (torch.randn(16, I, device=device) * I**-0.5).requires_grad_()
+            B = torch.randn(O, 16, device=device).requires_grad_()
 
-                def frozen(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> None:
-                    torch.nn.functional.linear(x, w).backward(dy)
+            def frozen(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> None:
+                torch.nn.functional.linear(x, w).backward(dy)
 
-                def plain(
-                    x: Tensor = x, w: Tensor = w, A: Tensor = A, B: Tensor = B, dy: Tensor = dy, p: float = p
-                ) -> None:
-                    linear = torch.nn.functional.linear
-                    dropped = torch.nn.functional.dropout(x, p) if p else x
-                    added = linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype))
-                    (linear(x, w) + 2.0 * added).backward(dy)
+            def plain(
+                x: Tensor = x, w: Tensor = w, A: Tensor = A, B: Tensor = B, dy: Tensor = dy, p: float = p
+            ) -> None:
+                linear = torch.nn.functional.linear
+                dropped = torch.nn.functional.dropout(x, p) if p else x
+                added = linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype))
+                (linear(x, w) + 2.0 * added).backward(dy)
 
-                def ours(
-                    x: Tensor = x, w: Tensor = w, A: Tensor = A, B: Tensor = B, dy: Tensor = dy, p: float = p
-                ) -> None:
-                    triton_lora.lora_linear(x, w, None, A, B, 2.0, p).backward(dy)
+            def ours(x: Tensor = x, w: Tensor = w, A: Tensor = A, B: Tensor = B, dy: Tensor = dy, p: float = p) -> None:
+                triton_lora.lora_linear(x, w, None, A, B, 2.0, p).backward(dy)
 
-                times = [milliseconds(call, device, steps) for call in (frozen, plain, ours)]
-                chosen = [f"{k[0]} {form}" for k, form in triton_select._fastest.items() if k[2] in (I, O)][-2:]
-                label = f"{M} × {I} → {O}" + (f", dropout {p}" if p else "")
-                rows.append([label, *(f"{t:.3f}" for t in times), f"{times[2] / times[1]:.2f}", ", ".join(chosen)])
+            times = [milliseconds(call, device, steps) for call in (frozen, plain, ours)]
+            chosen = [f"{k[0]} {form}" for k, form in triton_select._fastest.items() if k[2] in (I, O)][-2:]
+            label = f"{M} × {I} → {O}" + (f", dropout {p}" if p else "")
+            rows.append([label, *(f"{t:.3f}" for t in times), f"{times[2] / times[1]:.2f}", ", ".join(chosen)])
     return rows
 
 
@@ -275,35 +273,62 @@ def main() -> None:
     device, tiny = options.device, options.tiny
     shapes = TINY if tiny else {name: SHAPES[name] for name in options.shapes}
     lengths, steps = ([16, 32], 1) if tiny else (options.lengths, options.steps)
-    start, skipped = time.monotonic(), []
-    gpu = "interpreter on the CPU" if device == "cpu" else torch.cuda.get_device_name()
-    about = f"{gpu}, torch {torch.__version__}, {'fp32' if device == 'cpu' else 'bf16'}"
-    parts = [f"# On a GPU, {date.today()}\n", f"{about}. Command: `python benchmarks/gpu.py`.\n"]
-    parts += ["## Error beside fp64, ours and torch's\n", table(["what", "ours", "torch"], correctness(device, tiny))]
-    head = ["projection", "frozen, ms", "torch LoRA, ms", "ours, ms", "ours / torch", "forms chosen (0: plain)"]
-    parts += ["## One projection, forward and backward\n", table(head, layer_forms(device, tiny, steps))]
-    rows: list[list[str]] = []
-    plan = [(shape, *pair, lengths, None) for shape in shapes for pair in VARIANTS]
+    page = Page(device, tiny, time.monotonic() + 60 * options.minutes)
+    page.add("Error beside fp64, ours and torch's", ["what", "ours", "torch"], correctness(device, tiny))
     small = next(iter(shapes))
+    plan = [(shape, *pair, lengths, None) for shape in shapes for pair in VARIANTS]
     plan += [(small, *pair, lengths[1:2], mode) for mode in ("default", "reduce-overhead") for pair in COMPILED]
-    for shape, method, name, some, mode in plan:
-        if time.monotonic() - start > 60 * options.minutes:
-            skipped.append(f"{shape} {method} {name} {mode or ''}".strip())
-            continue
-        rows += model_steps(shape, shapes[shape], method, name, some, device, steps, mode)
-        print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     head = ["model", "variant", "tokens", "step, ms", "forward", "backward", "optimizer", "tokens/s", "peak, GiB"]
-    filled = [row + [""] * (len(head) - len(row)) for row in rows]
-    parts += ["## Training steps, one row\n", table(head, filled)]
-    if skipped:
-        parts.append(f"Not measured, for want of time: {'; '.join(skipped)}.\n")
-    text = "\n".join(parts)
-    print(text)
-    if not tiny:
-        name = gpu.lower().replace(" ", "-")
-        path = Path(__file__).with_name(f"gpu-{date.today()}-{name}.md")
-        path.write_text(text)
-        print(f"wrote {path}", file=sys.stderr)
+    page.add("Training steps, one row", head, [])
+    for shape, method, name, some, mode in plan:
+        if page.in_time(f"{shape} {method} {name} {mode or ''}".strip()):
+            page.more(model_steps(shape, shapes[shape], method, name, some, device, steps, mode))
+    head = ["projection", "frozen, ms", "torch LoRA, ms", "ours, ms", "ours / torch", "forms chosen (0: plain)"]
+    page.add("One projection, forward and backward", head, [])
+    for I, O in [(64, 48)] if tiny else PROJECTIONS:
+        if page.in_time(f"projection {I} → {O}"):
+            page.more(layer_forms(I, O, device, tiny, steps))
+    print(page.text())
+
+
+class Page:
+    """What was measured so far: written after each part, so that an interrupted run leaves what it had."""
+
+    def __init__(self, device: str, tiny: bool, until: float) -> None:
+        gpu = "interpreter on the CPU" if device == "cpu" else torch.cuda.get_device_name()
+        about = f"{gpu}, torch {torch.__version__}, {'fp32' if device == 'cpu' else 'bf16'}"
+        self.head = f"# On a GPU, {date.today()}\n\n{about}. Command: `python benchmarks/gpu.py`.\n"
+        self.parts: list[tuple[str, list[str], list[list[str]]]] = []
+        self.until, self.skipped = until, list[str]()
+        name = f"gpu-{date.today()}-{gpu.lower().replace(' ', '-')}.md"
+        self.path = None if tiny else Path(__file__).with_name(name)
+
+    def add(self, title: str, head: list[str], rows: list[list[str]]) -> None:
+        """Begin a table."""
+        self.parts.append((title, head, []))
+        self.more(rows)
+
+    def more(self, rows: list[list[str]]) -> None:
+        """Rows of the last table; short ones are filled up."""
+        _, head, known = self.parts[-1]
+        known += [row + [""] * (len(head) - len(row)) for row in rows]
+        for row in rows:
+            print(*row, sep="  ", file=sys.stderr, flush=True)
+        if self.path is not None:
+            self.path.write_text(self.text())
+
+    def in_time(self, what: str) -> bool:
+        """Whether there is time for this; what there was none for is named on the page."""
+        if time.monotonic() < self.until:
+            return True
+        self.skipped.append(what)
+        return False
+
+    def text(self) -> str:
+        """The page in Markdown."""
+        tables = [f"## {title}\n\n{table(head, rows)}" for title, head, rows in self.parts if rows]
+        left = [f"Not measured, for want of time: {'; '.join(self.skipped)}.\n"] if self.skipped else []
+        return "\n".join([self.head, *tables, *left])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, Triton's own among them
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:  # read where a kernel is defined, Triton's own among them
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,25 +45,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "torture" in item.keywords and not config.getoption("--torture"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make torture"))
-        if "gpu" in item.keywords and not _cuda():
+        if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Each test starts from the same random state and without the process-wide state of accelerate."""
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+    torch.manual_seed(0)
     yield
     if accelerate := sys.modules.get("accelerate.state"):
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def natively() -> Iterator[None]:
+    """Tensors are made on the GPU, where Triton's kernels are compiled; without one its interpreter runs them."""
+    with torch.device("cuda" if GPU else "cpu"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,24 @@ def test_the_page_without_the_steps(
     errors = [row for row in rows if len(row) == 3 and row[0] not in ("what", "---")]
     assert [ours for what, ours, _ in errors if what.startswith("NF4")] == ["same bits"] * 2
     assert sum(float(ours) <= 2 * float(plain) for _, ours, plain in errors if plain) == len(errors) - 2 == 7
-    assert [row[0] for row in rows if " → " in row[0]] == ["16 × 64 → 48", "16 × 64 → 48, dropout 0.05"]
-    assert page.split("Not measured")[1].count(";") + 1 == len(gpu.VARIANTS) + 2 * len(gpu.COMPILED)
+    assert page.split("Not measured")[1].count(";") + 1 == len(gpu.VARIANTS) + 2 * len(gpu.COMPILED) + 1
+
+
+def test_one_projection(gpu: Any) -> None:
+    rows = gpu.layer_forms(64, 48, "cpu", True, 1)
+    assert [row[0] for row in rows] == ["16 × 64 → 48", "16 × 64 → 48, dropout 0.05"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:4])
+
+
+def test_a_page_is_written_as_it_grows(gpu: Any, tmp_path: Path) -> None:
+    page = gpu.Page("cpu", True, 0.0)
+    page.path = tmp_path / "page.md"
+    page.add("Empty", ["a", "b"], [])
+    page.add("Steps", ["a", "b"], [["1"]])
+    page.more([["2", "3"]])
+    text = page.path.read_text()
+    assert "Empty" not in text
+    assert [line for line in text.splitlines() if line.startswith(("| 1", "| 2"))] == ["| 1 |  |", "| 2 | 3 |"]
 
 
 @pytest.mark.parametrize(("method", "name"), VARIANTS)

@@ -47,7 +47,7 @@ def excite(adapter, seed=7, size=0.05):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device), alpha=size)
 
 
 def logits_of(model):

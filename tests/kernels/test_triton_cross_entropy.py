@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from inlay.kernels import triton_cross_entropy as kernel
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 
 @pytest.mark.parametrize("form", [kernel.cross_entropy_, kernel.cross_entropy_plain_])
 @settings(max_examples=8)

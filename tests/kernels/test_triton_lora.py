@@ -18,6 +18,8 @@ from inlay.kernels.triton_lora import lora_linear, lora_linear_plain
 from inlay.kernels.triton_products import Mask, Tile
 from inlay.quant import NF4, quantize, weight_of
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 I, O, R = 64, 40, 4
 
 
@@ -113,11 +115,30 @@ def test_a_hosted_projection_goes_through_it(form: None, leaf: str, monkeypatch:
         )
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_under_autocast_a_weight_of_another_dtype_is_left_to_other_steps(
+    form: None, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where x comes in bf16 from the projection before, and the weight is still in fp32."""
+    model = nn.Sequential(nn.Linear(I, O))
+    x = torch.randn(7, I).bfloat16()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        adapter = inlay.attach(model, inlay.LoRA(rank=R, dropout=p, sites="0"), example={"input": x})
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+        monkeypatch.setattr(triton_select, "usable", lambda *_: True)
+        model.train(p > 0)
+        y = model(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(q.grad.isfinite().all() and q.grad.any() for q in adapter.parameters())
+
+
 def test_what_fits() -> None:
     x, w = torch.zeros(2, I), torch.zeros(O, I)
     assert triton_lora.fits(x, w)
     assert not triton_lora.fits(x, w.bfloat16())
     assert not triton_lora.fits(x.double(), w.double())
     assert not triton_lora.fits(x, w.requires_grad_())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         assert not triton_lora.fits(x, w.detach())

@@ -14,6 +14,8 @@ from inlay.kernels import triton_products as products
 from inlay.kernels.philox import keep_mask
 from inlay.kernels.triton_products import Mask, Tile
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 SMALL = Tile(16, 32, 32, 4, 1)
 
 
@@ -47,9 +49,9 @@ def test_product_without_low_rank_part_and_with_several_blocks_a_group() -> None
     torch.testing.assert_close(products.product(a, w, None, None, None, 1.0, tile=SMALL), a @ w, rtol=1e-5, atol=1e-5)
 
 
-def test_product_in_half_precision_is_rounded_once() -> None:
-    # fp16 only: the interpreter keeps bf16 as raw bits and multiplies these.
-    half = torch.float16
+@pytest.mark.parametrize("half", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_product_in_half_precision_is_rounded_once(half: torch.dtype) -> None:
+    # bf16 on a GPU only: the interpreter keeps it as raw bits and multiplies these.
     a, w, low, up = (normal(*shape, dtype=half) for shape in ((20, 33), (33, 40), (20, 3), (3, 40)))
     exact = a.double() @ w.double() + 0.25 * (low.double() @ up.double())
     out = products.product(a, w, None, low, up, 0.25, tile=SMALL)

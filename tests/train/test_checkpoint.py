@@ -21,6 +21,7 @@ from inlay import folders
 from inlay.errors import CheckpointError
 from inlay.train import checkpoint
 from inlay.train.checkpoint import RunState
+from inlay.train.paged import make_adamw
 from train.engine import HeadAdapter, Net
 
 
@@ -271,3 +272,27 @@ class Odd(torch.optim.SGD):
 def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_lost():
     with pytest.raises(CheckpointError, match="Odd keeps a state that JSON cannot hold"):
         checkpoint.pack_optimizer(Odd(torch.nn.Linear(1, 1).parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_every_optimizer_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Those of bitsandbytes keep dictionaries of tensors for a parameter of 4,096 values or more."""
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes")
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        parameter.grad = parameter.detach().cos()
+        optimizer.step()
+
+    values = torch.nn.Parameter(torch.randn(80, 64))
+    optimizer = make_adamw(name, [values], lr=0.1, weight_decay=0.0)
+    step(values, optimizer)
+    tensors, document = checkpoint.pack_optimizer(optimizer)
+    checkpoint.save_tensors(tensors, tmp_path / "optimizer.safetensors")
+    again = torch.nn.Parameter(values.detach().clone())
+    fresh = make_adamw(name, [again], lr=0.5, weight_decay=0.0)
+    document = json.loads(json.dumps(document))
+    checkpoint.unpack_optimizer(fresh, checkpoint.read_tensors(tmp_path / "optimizer.safetensors"), document)
+    step(values, optimizer)
+    step(again, fresh)
+    assert torch.equal(again, values)

@@ -8,6 +8,7 @@ deltas that act on what leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,16 +156,40 @@ class LeafHost(Host):
         if plan is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if plan.fused is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            y = plan.fused(self, args[0])
+            y = _eagerly(plan.fused, self, args[0])
             if y is None and self.training and not torch.is_grad_enabled():
                 # A pass that runs again for its gradients, perhaps (reversible layers, reentrant checkpointing): the
                 # step must drop here what it will drop then.
                 with torch.enable_grad():
-                    y = plan.fused(self, args[0])
+                    y = _eagerly(plan.fused, self, args[0])
                 y = None if y is None else y.detach()
             if y is not None:
                 return y
         return _run(plan, super().forward, args, kwargs)  # type: ignore[misc]
+
+
+def _eagerly(step: Any, module: Any, x: Tensor) -> Tensor | None:
+    """`step(module, x)`, a fused step outside of compiled graphs."""
+    y: Tensor | None = step(module, x)
+    return y
+
+
+def _leave_to_python() -> None:
+    """Keep torch.compile out of `_eagerly` and all that it calls.
+
+    Where it gives up on a model's own frame (another break in the graph, too many shapes) it compiles the frames below
+    one by one: fused steps among them, whose caches ask for addresses and versions that no graph can hold. The
+    decorator `torch.compiler.disable` would say the same, at the price of importing the compiler, and of a context
+    at each call.
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(_eagerly.__code__, eval_frame._FrameExecStrategy(skip, skip))
+
+
+with suppress(ImportError, AttributeError, TypeError):  # no public name: without it only such graphs are lost
+    _leave_to_python()
 
 
 def _acts(state: Hosted, group: Group) -> Acts:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -130,7 +131,9 @@ class LoRALinear:
         if dtype is None or found is None or (bias_O is not None and bias_O.requires_grad):
             return None
         if self._alone and x.dtype == dtype and triton_select.usable(x):
-            return self._in_triton(x, bias_O, found)
+            added = self._in_triton(x, bias_O, found)
+            if added is not None:
+                return added
         shared = x if x.dtype == dtype else cast_once(x, dtype)
         terms = self._terms
         if self.rows is not None or (self._drops and any(d.dropout and d.training for d in self.deltas)):
@@ -155,14 +158,19 @@ class LoRALinear:
         each = x.numel() // x.shape[-1] // self.rows[i].total
         return slice(index[0] * each, (index[-1] + 1) * each)
 
-    def _in_triton(self, x: Tensor, bias_O: Tensor | None, found: tuple[Saved, Any]) -> Tensor:
-        """One piece on a GPU: its sum and its dropout happen inside the large products where that is faster."""
-        from inlay.kernels import triton_lora
+    def _in_triton(self, x: Tensor, bias_O: Tensor | None, found: tuple[Saved, Any]) -> Tensor | None:
+        """One piece on a GPU: its sum and its dropout happen inside the large products where that is faster.
 
-        (delta,) = self.deltas
+        None under autocast, where the weight may have another dtype than x.
+        """
+        triton_lora = _triton_lora()
+        delta = self.deltas[0]
         weight = triton_lora.frozen_weight(self.storage, *found)
+        if not triton_lora.fits(x, weight):
+            return None
         p = delta.dropout if delta.training else 0.0
-        return triton_lora.lora_linear(x, weight, bias_O, *delta.factors(), delta.scale, p)
+        y: Tensor = triton_lora.lora_linear(x, weight, bias_O, *delta.factors(), delta.scale, p)
+        return y
 
     def _without_grad(self, module: Any, x: Tensor) -> Tensor | None:
         """The frozen module's own output, bit for bit, and the pieces added to it in place."""
@@ -197,6 +205,14 @@ class LoRALinear:
 
     def __reduce__(self) -> Any:
         return type(self), (self.deltas, self.columns, self.base, self.storage, self.rows)
+
+
+@cache
+def _triton_lora() -> Any:
+    """The module, when there is a use for it: importing Triton takes long, an import statement in each call 1 µs."""
+    from inlay.kernels import triton_lora
+
+    return triton_lora
 
 
 def usable(x: Tensor) -> bool:

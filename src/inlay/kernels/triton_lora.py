@@ -1,8 +1,8 @@
 """A frozen projection with LoRA in it as one autograd function on CUDA.
 
-    s  = drop(x) Aᵀ                  y  = x Wᵀ + b + α s Bᵀ
+    s  = α drop(x) Aᵀ                y  = x Wᵀ + b + s Bᵀ
     ds = α dy B                      dx = dy W + drop'(ds A)
-    dA = dsᵀ drop(x)                 dB = α dyᵀ s
+    dA = dsᵀ drop(x)                 dB = dyᵀ s
 
 Kept for the backward pass are x, s and a seed. Dropout costs no memory: its mask is computed again from the seed in the
 kernels that need it, dx's among them. W may be packed in 4 bits. The two large products have a form with the low-rank
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,46 +27,30 @@ from inlay.kernels import triton_blocks4, triton_products
 from inlay.kernels.frozen import Saved, Storage, Transposed
 from inlay.kernels.philox import draw_seed, keep_mask
 from inlay.kernels.triton_products import FP32_TILES, TILES, Mask, Tile
-from inlay.kernels.triton_select import fastest, size_class
+from inlay.kernels.triton_select import decided, fastest, size_class
 from inlay.quant.product import Packed
 
 _FUSED_ROWS = 256  # above, decoding a 4-bit weight once and for all rows always won in the literature
 
-
-class Weight(NamedTuple):
-    """A frozen weight, dense or packed: exactly one of the two."""
-
-    dense_OI: Tensor | None
-    packed: Packed | None
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """W_OI; a packed one is decoded into scratch memory: use it at once."""
-        if self.packed is not None:
-            return self.packed.scratch(dtype)
-        assert self.dense_OI is not None
-        return self.dense_OI
-
-    def parts(self) -> tuple[Any, ...]:
-        """The same as arguments of an autograd function."""
-        return (self.dense_OI,) if self.packed is None else tuple(self.packed)
-
-    @classmethod
-    def of(cls, parts: tuple[Any, ...]) -> Weight:
-        """What `parts` came from."""
-        return cls(parts[0], None) if len(parts) == 1 else cls(None, Packed(*parts))
+Weight = Tensor | Packed
+"""A frozen W_OI, dense or packed."""
 
 
-def frozen_weight(storage: Storage, saved: Saved, layout: Any) -> Tensor | Packed:
+def frozen_weight(storage: Storage, saved: Saved, layout: Any) -> Weight:
     """What `lora_linear` takes for a weight that `inlay.kernels.frozen` reads."""
     if storage.packed:
-        parts: tuple[Any, ...] = (*saved, *layout)
-        return Packed(*parts)
+        return _packed(saved, layout)
     (weight,) = saved
     assert weight is not None
     return weight.t() if isinstance(storage, Transposed) else weight
 
 
-def fits(x: Tensor, weight: Tensor | Packed) -> bool:
+def _packed(tensors: Saved, layout: Any) -> Packed:
+    parts: tuple[Any, ...] = (*tensors, *layout)
+    return Packed(*parts)
+
+
+def fits(x: Tensor, weight: Weight) -> bool:
     """Whether `lora_linear` takes these: a half or fp32 input in the weight's dtype, a frozen weight, no autocast."""
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not known or torch.is_autocast_enabled(x.device.type):
@@ -75,7 +59,7 @@ def fits(x: Tensor, weight: Tensor | Packed) -> bool:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | Packed, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float, p: float = 0.0
+    x: Tensor, weight: Weight, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float, p: float = 0.0
 ) -> Tensor:
     """x Wᵀ + b + scale · drop(x) Aᵀ Bᵀ in the dtype of x; differentiable once in x, b, A and B.
 
@@ -85,8 +69,10 @@ def lora_linear(
         A_RI, B_OR: fp32 masters, or in the dtype of x.
         p: probability of dropping an entry of x on its way into A; 0 outside of training.
     """
-    whole = Weight(None, weight) if isinstance(weight, Packed) else Weight(weight, None)
-    y: Tensor = _LoRALinear.apply(x, bias_O, A_RI, B_OR, scale, p, *whole.parts())  # type: ignore[no-untyped-call]
+    if isinstance(weight, Packed):
+        y: Tensor = _apply(x, bias_O, A_RI, B_OR, scale, p, weight[4:], *weight[:4])
+    else:
+        y = _apply(x, bias_O, A_RI, B_OR, scale, p, None, weight)
     return y
 
 
@@ -102,6 +88,10 @@ def lora_linear_plain(
 
 
 class _LoRALinear(torch.autograd.Function):
+    """Each launch costs some 10 µs of a step of small models, so there are five in each direction: s and ds come out of
+    their products scaled, and the factors are cast once, for both passes.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -111,99 +101,128 @@ class _LoRALinear(torch.autograd.Function):
         B_OR: Tensor,
         scale: float,
         p: float,
-        *weight: Any,
+        layout: Any,
+        *stored: Tensor | None,
     ) -> Tensor:
-        x_MI = _rows(x)
+        x_MI, dtype = _rows(x), x.dtype
+        ctx.types = A_RI.dtype, B_OR.dtype, None if bias_O is None else bias_O.dtype
+        if A_RI.dtype is not dtype:
+            A_RI = A_RI.to(dtype)
+        if B_OR.dtype is not dtype:
+            B_OR = B_OR.to(dtype)
         mask = Mask(draw_seed(x.device), p) if p else None
-        s_MR = _shrink(x_MI, A_RI.to(x.dtype), mask)
-        y_MO = forward_product(x_MI, Weight.of(weight), bias_O, s_MR, B_OR.to(x.dtype), scale)
-        tensors = [t for t in weight if isinstance(t, Tensor)]
-        ctx.save_for_backward(x_MI, A_RI, B_OR, s_MR, None if mask is None else mask.seed, *tensors)
-        ctx.constants = [None if isinstance(t, Tensor) else t for t in weight]
-        ctx.is_tensor = [isinstance(t, Tensor) for t in weight]
-        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
-        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        # No view: models may go on in place, which autograd forbids on views made in a Function.
-        y: Tensor = torch.ops.aten._unsafe_view(y_MO, [*x.shape[:-1], y_MO.shape[-1]])
+        s_MR = _shrink(x_MI, A_RI, scale, mask)
+        weight = stored[0] if layout is None else _packed(stored, layout)
+        assert weight is not None
+        y = forward_product(x, x_MI, weight, bias_O, s_MR, B_OR)
+        ctx.save_for_backward(x_MI, A_RI, B_OR, s_MR, None if mask is None else mask.seed, *stored)
+        ctx.scale, ctx.p, ctx.shape, ctx.layout = scale, p, x.shape, layout
+        if y._is_view() or y.dim() != x.dim():
+            # Models may go on in place, which autograd forbids on views made in a Function.
+            y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_MI, A_RI, B_OR, s_MR, seed, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        parts = [next(left) if given else c for given, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-        mask = None if seed is None else Mask(seed, ctx.p)
-        dy_MO = _rows(dy)
-        needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        dx = db_O = dA_RI = dB_OR = None
-        if needs_x or needs_A:
-            ds_MR = dy_MO @ (ctx.scale * B_OR).to(dy.dtype)
-        if needs_x:
-            dx_MI = input_grad(dy_MO, Weight.of(tuple(parts)), ds_MR, A_RI.to(dy.dtype), mask)
-            dx = dx_MI.view(ctx.shape)
-        if needs_bias:
-            db_O = dy_MO.sum(0, dtype=ctx.bias_dtype)
-        if needs_A:
-            dA_RI = _shrink_grad(ds_MR, x_MI, mask).to(A_RI.dtype)
-        if needs_B:
-            dB_OR = (ctx.scale * _sum_of_products(dy_MO.mT, s_MR)).to(B_OR.dtype)
-        return dx, db_O, dA_RI, dB_OR, None, None, *([None] * len(parts))
+        # The check costs as much as a small product: only where a second derivative may be asked for.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x_MI, A_RI, B_OR, s_MR, seed, *stored = ctx.saved_tensors
+    mask = None if seed is None else Mask(seed, ctx.p)
+    dy_MO = _rows(dy)
+    type_A, type_B, type_bias = ctx.types
+    needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    dx = db_O = dA_RI = dB_OR = None
+    if needs_x or needs_A:
+        # With beta = 0 nothing is read of s; it has the shape.
+        ds_MR = torch.addmm(s_MR, dy_MO, B_OR, beta=0, alpha=ctx.scale)
+    if needs_x:
+        weight = stored[0] if ctx.layout is None else _packed(stored, ctx.layout)
+        dx = input_grad(dy_MO, weight, ds_MR, A_RI, mask).view(ctx.shape)
+    if needs_bias:
+        db_O = dy_MO.sum(0, dtype=type_bias)
+    if needs_A:
+        dA_RI = _in(_shrink_grad(ds_MR, x_MI, mask), type_A)
+    if needs_B:
+        dB_OR = _in(_sum_of_products(dy_MO.mT, s_MR), type_B)
+    return dx, db_O, dA_RI, dB_OR, None, None, None, *([None] * len(stored))
+
+
+_backward_once = once_differentiable(_backward)
+
+# What `_LoRALinear.apply` ends in, after it has looked for functorch's tensors: `lora.usable` has done that.
+_apply: Any = super(torch.autograd.Function, _LoRALinear).apply
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """W_OI; a packed one is decoded into scratch memory: use it at once."""
+    return weight.scratch(dtype) if isinstance(weight, Packed) else weight
 
 
 def forward_product(
-    x_MI: Tensor, weight: Weight, bias_O: Tensor | None, s_MR: Tensor, B_OR: Tensor, scale: float
+    x: Tensor, x_MI: Tensor, weight: Weight, bias_O: Tensor | None, s_MR: Tensor, B_OR: Tensor
 ) -> Tensor:
-    """y = x Wᵀ + b + scale · s Bᵀ in the form that is fastest for this shape."""
-    bias = None if bias_O is None else bias_O.to(x_MI.dtype)
+    """y = x Wᵀ + b + s Bᵀ in the form that is fastest for this shape: fresh, with the dimensions of x or two."""
+    bias = bias_O if bias_O is None or bias_O.dtype is x_MI.dtype else bias_O.to(x_MI.dtype)
 
     def plain() -> Tensor:
-        y_MO = F.linear(x_MI, weight.dense(x_MI.dtype), bias)
-        return y_MO.addmm_(s_MR, B_OR.mT, alpha=scale)
+        y = F.linear(x, dense(weight, x.dtype), bias)
+        y.view(-1, y.shape[-1]).addmm_(s_MR, B_OR.t())
+        return y
 
     def fused(tile: Tile) -> Tensor:
-        w_IO = weight.dense(x_MI.dtype).mT
-        return triton_products.product(x_MI, w_IO, bias, s_MR, B_OR.mT, scale, tile=tile)
+        w_IO = dense(weight, x_MI.dtype).mT
+        return triton_products.product(x_MI, w_IO, bias, s_MR, B_OR.mT, 1.0, tile=tile)
 
     def packed_fused(tile: Tile) -> Tensor:
-        assert weight.packed is not None
-        return triton_blocks4.product4(x_MI, weight.packed, bias, s_MR, B_OR, scale, tile)
+        assert isinstance(weight, Packed)
+        return triton_blocks4.product4(x_MI, weight, bias, s_MR, B_OR, 1.0, tile)
 
+    key = _key("forward", x_MI, B_OR, weight, None)
+    if decided(key) == 0:
+        return plain()
     candidates: list[Callable[[], Tensor]] = [plain, *(partial(fused, tile) for tile in _tiles(x_MI.dtype))]
-    if weight.packed is not None and len(x_MI) <= _FUSED_ROWS and triton_blocks4.fits(weight.packed):
+    if isinstance(weight, Packed) and len(x_MI) <= _FUSED_ROWS and triton_blocks4.fits(weight):
         candidates += [partial(packed_fused, tile) for tile in triton_blocks4.TILES]
-    return fastest(_key("forward", x_MI, B_OR, weight), candidates)
+    return fastest(key, candidates)
 
 
 def input_grad(dy_MO: Tensor, weight: Weight, ds_MR: Tensor, A_RI: Tensor, mask: Mask | None) -> Tensor:
     """dx = dy W + keep ∘ (ds A) / (1 - p) in the form that is fastest for this shape."""
-    scale = 1.0 if mask is None else 1 / (1 - mask.p)
 
     def plain() -> Tensor:
-        dx_MI = dy_MO @ weight.dense(dy_MO.dtype)
-        return dx_MI.addmm_(ds_MR, A_RI) if mask is None else add(dx_MI)
-
-    def add(dx_MI: Tensor) -> Tensor:
-        return triton_products.add_low_rank_(dx_MI, ds_MR, A_RI, scale, mask)
+        dx_MI = dy_MO @ dense(weight, dy_MO.dtype)
+        if mask is None:
+            return dx_MI.addmm_(ds_MR, A_RI)
+        return triton_products.add_low_rank_(dx_MI, ds_MR, A_RI, 1 / (1 - mask.p), mask)
 
     def fused(tile: Tile) -> Tensor:
-        return triton_products.product(dy_MO, weight.dense(dy_MO.dtype), None, ds_MR, A_RI, scale, mask, tile)
+        scale = 1.0 if mask is None else 1 / (1 - mask.p)
+        return triton_products.product(dy_MO, dense(weight, dy_MO.dtype), None, ds_MR, A_RI, scale, mask, tile)
 
+    key = _key("input", dy_MO, A_RI, weight, mask)
+    if decided(key) == 0:
+        return plain()
     candidates: list[Callable[[], Tensor]] = [plain, *(partial(fused, tile) for tile in _tiles(dy_MO.dtype))]
-    return fastest((*_key("input", dy_MO, A_RI, weight), mask is not None), candidates)
+    return fastest(key, candidates)
 
 
-def _key(what: str, rows: Tensor, factor: Tensor, weight: Weight) -> tuple[Any, ...]:
-    packed = weight.packed is not None
-    return what, size_class(len(rows)), rows.shape[1], tuple(factor.shape), rows.dtype, rows.device, packed
+def _key(what: str, rows: Tensor, factor: Tensor, weight: Weight, mask: Mask | None) -> tuple[Any, ...]:
+    packed = isinstance(weight, Packed)
+    return what, size_class(rows.shape[0]), rows.shape[1], factor.shape, rows.dtype, rows.device, packed, mask is None
 
 
 def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
     return FP32_TILES if dtype == torch.float32 else TILES
 
 
-def _shrink(x_MI: Tensor, A_RI: Tensor, mask: Mask | None) -> Tensor:
-    return F.linear(x_MI, A_RI) if mask is None else triton_products.shrink(x_MI, A_RI, 1 / (1 - mask.p), mask)
+def _shrink(x_MI: Tensor, A_RI: Tensor, scale: float, mask: Mask | None) -> Tensor:
+    if mask is not None:
+        return triton_products.shrink(x_MI, A_RI, scale / (1 - mask.p), mask)
+    return x_MI.new_empty(x_MI.shape[0], A_RI.shape[0]).addmm_(x_MI, A_RI.t(), beta=0, alpha=scale)
 
 
 def _shrink_grad(ds_MR: Tensor, x_MI: Tensor, mask: Mask | None) -> Tensor:
@@ -219,6 +238,10 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()

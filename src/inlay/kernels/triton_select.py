@@ -47,6 +47,11 @@ def size_class(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
+def decided(key: Hashable) -> int | None:
+    """Which candidate was the fastest for this key; None if it was not met yet."""
+    return _fastest.get(key)
+
+
 def fastest(
     key: Hashable,
     candidates: Sequence[Callable[[], Result]],

@@ -57,7 +57,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     Returns:
         The codes (uint8, same length) and what is needed to read them.
     """
-    offset = absmax.mean()
+    # On the CPU, wherever the weights are: a GPU adds in another order, and its last bit would be in every file.
+    offset = absmax.cpu().mean().to(absmax.device)
     centred = absmax - offset
     count = centred.numel()
     blocks = -(-count // NESTED_BLOCK)

@@ -222,6 +222,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as tensors and JSON.
 
+    A tensor is named "parameter.entry", or "parameter.entry.part" for an entry that is itself a dictionary of tensors,
+    as the 8-bit optimizers of bitsandbytes keep them.
+
     Raises:
         CheckpointError: a state that is neither tensors nor plain values.
     """
@@ -232,6 +235,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{key}"] = value
+            elif isinstance(value, dict) and all(isinstance(part, torch.Tensor) for part in value.values()):
+                tensors |= {f"{index}.{key}.{name}": part for name, part in value.items()}
             else:
                 plain.setdefault(str(index), {})[key] = value
     document = {"plain": plain, "groups": state["param_groups"]}
@@ -252,8 +257,12 @@ def unpack_optimizer(
         raise CheckpointError(f"the optimizer has other parameter groups: {sizes[0]} in the checkpoint, {sizes[1]} now")
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in document["plain"].items()}
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        index, key, *part = name.split(".")
+        entries = state.setdefault(int(index), {})
+        if part:
+            entries.setdefault(key, {})[part[0]] = tensor
+        else:
+            entries[key] = tensor
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in document["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
