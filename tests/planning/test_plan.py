@@ -255,6 +255,16 @@ def test_what_cannot_be_planned_is_told(options, message):
         inlay.plan(SMALL, "lora", **options)
 
 
+def test_no_row_is_longer_than_a_table_of_positions():
+    config = T.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=512, n_positions=96)
+    options = {"bases": ("bf16",), "batch": 2, "gpu": "8GB"}
+    made = inlay.plan(config, "lora", length=64, **options)
+    assert made.cost("lora").largest_length == made.positions == 96
+    with pytest.raises(ConfigError, match="length=97: gpt2 has a table of 96 positions; write length=96 or less"):
+        inlay.plan(config, "lora", length=97, **options)
+    assert inlay.plan(SMALL, "lora", length=4096, **options).cost("lora").largest_length > 4096  # computed positions
+
+
 def test_a_method_that_cannot_work_is_an_error_where_it_is_the_only_one():
     with pytest.raises(MethodError, match="none"):
         inlay.plan(SMALL, "bitfit")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -94,34 +94,41 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor, path: Path | None
     taken = _pick(path, packed, out)
     if taken is not Path.TORCH and _dequantize_c(packed, state, out, taken):
         return out
-    forms = [] if path is not None else _gpu_forms(packed, state, out)
-    if forms:
+    forms = () if path is not None else _gpu_forms(packed, state, out)
+    if len(forms) > 1:
         key = ("dequantize4", triton_select.size_class(out.numel()), out.dtype, state.nested is None, out.device)
-        return forms[0]() if len(forms) == 1 else triton_select.fastest(key, forms)
+        chosen = triton_select.decided(key)
+        if chosen is None:
+            return triton_select.fastest(key, [partial(form, packed, state, out) for form in forms])
+        forms = forms[chosen : chosen + 1]
+    if forms:
+        return forms[0](packed, state, out)
     absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
     return blockwise.dequantize_blocks(packed, absmax, state.book, state.block_size, out)
 
 
-def _gpu_forms(packed: Tensor, state: QuantState, out: Tensor) -> list[Callable[[], Tensor]]:
+Form = Callable[[Tensor, QuantState, Tensor], Tensor]
+
+
+def _gpu_forms(packed: Tensor, state: QuantState, out: Tensor) -> tuple[Form, ...]:
     """What decodes on a GPU, all with the same bits: the kernel of bitsandbytes, and ours in Triton."""
-
-    def peer() -> Tensor:
-        absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
-        settings = (state.block_size, state.book.name, out.shape, out.dtype)
-        torch.ops.bitsandbytes.dequantize_4bit.out(packed, absmax, *settings, out=out)
-        return out
-
-    def ours() -> Tensor:
-        from inlay.kernels import triton_blocks4  # which imports Triton
-
-        return triton_blocks4.dequantize(packed, state, out)
-
-    forms: list[Callable[[], Tensor]] = []
+    forms: tuple[Form, ...] = ()
     if packed.is_cuda and compiled.enabled() and state.book.name in ("nf4", "fp4") and _bitsandbytes():
-        forms.append(peer)
-    if triton_select.usable(packed, out):
-        forms.append(ours)
-    return forms
+        forms += (_dequantize_peer,)
+    return (*forms, _dequantize_triton) if triton_select.usable(packed, out) else forms
+
+
+def _dequantize_peer(packed: Tensor, state: QuantState, out: Tensor) -> Tensor:
+    absmax = state.absmax if state.nested is None else dequantize_absmax(state.absmax, state.nested)
+    settings = (state.block_size, state.book.name, out.shape, out.dtype)
+    torch.ops.bitsandbytes.dequantize_4bit.out(packed, absmax, *settings, out=out)
+    return out
+
+
+def _dequantize_triton(packed: Tensor, state: QuantState, out: Tensor) -> Tensor:
+    from inlay.kernels import triton_blocks4  # which imports Triton
+
+    return triton_blocks4.dequantize(packed, state, out)
 
 
 def _dequantize_c(packed: Tensor, state: QuantState, out: Tensor, path: Path) -> bool:

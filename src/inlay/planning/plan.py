@@ -14,6 +14,7 @@ from inlay.planning.footprint import OPTIMIZERS, Footprint, Memory
 from inlay.planning.skeleton import config_of, task_of
 from inlay.planning.step import Device
 from inlay.planning.study import Counts, Settings, Study, Trial, lengths_near
+from inlay.train.models import positions_of, rotates
 
 REFERENCE = "full, in place"
 """The row that the others are compared with: every parameter of the model itself is trained, without an adapter."""
@@ -35,7 +36,8 @@ class Cost:
         flops_per_token: multiplications and additions of matrix products and attention, both passes.
         step_vs_full: these over those of full fine-tuning in place: the step time as far as arithmetic decides it.
         fits: whether it stays within the memory given, less 5 %; None where none was given.
-        largest_batch: rows of that length that fit. largest_length: tokens of a row that fit at that batch.
+        largest_batch: rows of that length that fit. largest_length: tokens of a row that fit at that
+            batch, as far as the model has positions for them.
     """
 
     method: str
@@ -67,6 +69,7 @@ class Plan:
         model: its name or type; `parameters` of the base, `task`, `device`, `optim`.
         batch, length: rows of a step and tokens of a row.
         capacity: bytes of the device, if given.
+        positions: tokens that a row can have, where the model looks positions up in a table.
         costs: one for each method, base and choice of checkpointing.
         refused: methods and bases that do not work on this model, with the reason.
     """
@@ -80,6 +83,7 @@ class Plan:
     optim: str
     checkpointing: bool
     capacity: int | None
+    positions: int | None
     costs: list[Cost] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -162,11 +166,18 @@ def plan(
     config = config_of(model, revision)
     if target_length is not None and not getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"target_length={target_length}: {config.model_type} has no decoder of its own; leave it out")
+    most = _most_tokens(config)
+    if most is not None and max(length, target_length or 0) > most:
+        raise ConfigError(
+            f"length={max(length, target_length or 0)}: {config.model_type} has a table of {most} positions; "
+            f"write length={most} or less"
+        )
     settings = Settings(task_of(config, task), length, target_length, device, optim, accumulates)
     study = Study(config, settings)
     chosen = _chosen(method)
     name = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or config.model_type)
-    made = Plan(name, settings.task, study.parameters, batch, length, device, optim, checkpointing, bytes_of(gpu))
+    sizes = (batch, length, device, optim, checkpointing, bytes_of(gpu), most)
+    made = Plan(name, settings.task, study.parameters, *sizes)
     every = len(chosen) == 1
     groups = _groups(study, bases, made)
     if not groups:
@@ -185,6 +196,11 @@ def plan(
             made.refused[title] = str(error)
             made.costs = [cost for cost in made.costs if cost.method != title]
     return made
+
+
+def _most_tokens(config: Any) -> int | None:
+    """Tokens that a row can have where positions are looked up in a table; None where they are computed."""
+    return None if rotates(config) else positions_of(config)
 
 
 def _check(bases: Sequence[str], detail: str, batch: int, length: int, optim: str, device: str) -> None:
@@ -284,8 +300,12 @@ def _cost(
         step_vs_full=flops / reference.get(checkpointing, flops),
         fits=None if budget is None else memory.total <= budget,
         largest_batch=None if budget is None else footprint.largest_batch(length, budget),
-        largest_length=None if budget is None else footprint.largest_length(rows, budget),
+        largest_length=None if budget is None else _capped(footprint.largest_length(rows, budget), made.positions),
     )
+
+
+def _capped(length: int | None, most: int | None) -> int | None:
+    return length if length is None or most is None else min(length, most)
 
 
 def bytes_of(text: str | int | None) -> int | None:
