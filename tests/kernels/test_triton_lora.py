@@ -134,6 +134,26 @@ def test_under_autocast_a_weight_of_another_dtype_is_left_to_other_steps(
     assert all(q.grad.isfinite().all() and q.grad.any() for q in adapter.parameters())
 
 
+def test_under_autocast_in_the_dtype_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `inlay train` runs: a frozen base in bf16, masters in fp32."""
+    monkeypatch.setattr(triton_lora, "fastest", lambda key, candidates: candidates[0]())
+    triton_select.forget()
+    x, w = torch.randn(7, I).bfloat16(), torch.randn(O, I).bfloat16()
+    made = []
+    for autocast in (False, True):
+        leaves = [
+            x.clone().requires_grad_(),
+            torch.ones(R, I, requires_grad=True),
+            torch.ones(O, R, requires_grad=True),
+        ]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            assert triton_lora.fits(leaves[0], w)
+            y = lora_linear(leaves[0], w, None, *leaves[1:], 0.5)
+            y.backward(torch.ones_like(y))
+        made.append([y.detach(), *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*made, strict=True))
+
+
 def test_what_fits() -> None:
     x, w = torch.zeros(2, I), torch.zeros(O, I)
     assert triton_lora.fits(x, w)

@@ -161,7 +161,7 @@ class LoRALinear:
     def _in_triton(self, x: Tensor, bias_O: Tensor | None, found: tuple[Saved, Any]) -> Tensor | None:
         """One piece on a GPU: its sum and its dropout happen inside the large products where that is faster.
 
-        None under autocast, where the weight may have another dtype than x.
+        None where the weight has another dtype than x, as it may under autocast.
         """
         triton_lora = _triton_lora()
         delta = self.deltas[0]

@@ -51,9 +51,11 @@ def _packed(tensors: Saved, layout: Any) -> Packed:
 
 
 def fits(x: Tensor, weight: Weight) -> bool:
-    """Whether `lora_linear` takes these: a half or fp32 input in the weight's dtype, a frozen weight, no autocast."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if not known or torch.is_autocast_enabled(x.device.type):
+    """Whether `lora_linear` takes these: a half or fp32 input in the weight's dtype and autocast's, a frozen weight."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
         return False
     return isinstance(weight, Packed) or (weight.dtype == x.dtype and not weight.requires_grad)
 
