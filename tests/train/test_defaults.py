@@ -7,7 +7,7 @@ import pytest
 import inlay
 from inlay.config import RunConfig
 from inlay.methods.base import methods
-from inlay.train.defaults import TABLE, defaults, kind_of, resolve_method, resolve_steps
+from inlay.train.defaults import TABLE, defaults, kind_of, resolve_method, resolve_steps, width_of
 
 
 def test_every_method_is_in_the_table_and_nothing_else_is():
@@ -44,6 +44,31 @@ def test_a_head_alone_that_was_given_a_rate_has_it():
 def test_tags_are_learnt_more_slowly_than_classes():
     assert defaults("lora", "token-classification").learning_rate < defaults("lora", "regression").learning_rate
     assert defaults("bitfit", "token-classification") == defaults("bitfit", "regression")
+
+
+def test_rates_go_with_the_width_of_the_model():
+    def rate(method, task, width):
+        return defaults(method, task, width).learning_rate
+
+    assert rate("lora", "regression", 384) == TABLE["lora"]["understanding"].learning_rate
+    assert rate("lora", "causal-lm", 2000) == TABLE["lora"]["generation"].learning_rate
+    # LLaMA-7B, 13B and 65B had 2e-4, 2e-4 and 1e-4 in the QLoRA paper; RoBERTa-large 3e-4 to 4e-4 in LoRA's, for long runs
+    assert rate("lora", "causal-lm", 4096) == 2.9e-4
+    assert rate("lora", "causal-lm", 8192) == 1.7e-4
+    assert rate("lora", "regression", 1024) == 9.3e-4
+    assert rate("lora", "causal-lm", 128) == rate("lora", "causal-lm", 32) == 4.3e-3
+    assert rate("lora", "regression", 32) == rate("lora", "regression", 384)
+    config = RunConfig(model="m", data="d")
+    assert resolve_method(config, "full", "causal-lm", 4096).learning_rate == 2.9e-5
+    assert resolve_method(config.model_copy(update={"learning_rate": 1.0}), "full", "causal-lm", 128).learning_rate == 1
+
+
+def test_the_width_of_a_model_is_that_of_its_text():
+    import transformers
+
+    assert width_of(transformers.T5Config(d_model=48)) == 48
+    assert width_of(transformers.GPT2Config(n_embd=96)) == 96
+    assert width_of(transformers.BertConfig(hidden_size=24)) == 24
 
 
 def test_what_is_said_wins():

@@ -17,7 +17,7 @@ from inlay.errors import ConfigError, MethodError, SiteError, TrainingError
 from inlay.folders import read_json, remove, replace_text
 from inlay.train import runfolder
 from inlay.train.checkpoint import Interrupted
-from inlay.train.defaults import defaults
+from inlay.train.defaults import defaults, width_of
 from inlay.train.metrics import MAIN
 from inlay.train.report import read_log
 
@@ -55,6 +55,7 @@ class Record:
     stored: int = 0
     head: int = 0
     base: int = 0
+    width: int | None = None
     bytes: int = 0
     steps: int = 0
     tokens: int = 0
@@ -114,7 +115,7 @@ def read(plan: Plan, cell: Cell, data: str | list[str]) -> Record | None:
     config = plan.config(cell, data)
     changes = differences(record.config, config)
     if not record.error and config.learning_rate is None:
-        rate = defaults(cell.variant.method, record.task).learning_rate
+        rate = defaults(cell.variant.method, record.task, record.width).learning_rate
         if rate != record.learning_rate:
             changes = f"the default learning_rate was {record.learning_rate:g}, is {rate:g}"
     if changes:
@@ -211,6 +212,7 @@ def _train_and_measure(
         record.trained, record.peak_bytes, record.step_seconds = costs.trained, costs.peak_bytes, costs.step_seconds
     trained = open_trained(folder)
     adapter = trained.adapter
+    record.width = width_of(trained.model.config)
     record.method, record.source = repr(adapter.method), _source(adapter)
     record.stored, record.head, record.base = (
         adapter.stored_parameters, adapter.head_parameters, base_parameters(trained.model)

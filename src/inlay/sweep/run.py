@@ -25,7 +25,7 @@ from inlay.sweep import table, together
 from inlay.sweep.space import Point, Space
 from inlay.sweep.together import Member
 from inlay.train import checkpoint, runfolder
-from inlay.train.defaults import resolve_method, resolve_steps
+from inlay.train.defaults import resolve_method, resolve_steps, width_of
 from inlay.train.loop import total_steps
 from inlay.train.narrate import Narrator, escape
 from inlay.train.precision import TRAINS_THE_BASE
@@ -206,7 +206,8 @@ def _world() -> str:
 def _resolved(job: Job, session: Session) -> RunConfig | None:
     """The run's own resolved configuration, or None where it would need other batches, steps or precision."""
     update = {"bf16": session.config.bf16, "dtype": session.config.dtype}
-    config = resolve_method(job.config.model_copy(update=update), job.method, session.task)
+    width = width_of(session.model.config)
+    config = resolve_method(job.config.model_copy(update=update), job.method, session.task, width)
     steps = total_steps(config, len(session.train_batches))
     config = resolve_steps(config, steps, held_out=bool(session.prepared.evals))
     ours, theirs = (c.model_dump(exclude=set(OWN)) for c in (config, session.config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inlay.train.defaults import BASELINE_STEPS, defaults
+from inlay.train.defaults import BASELINE_STEPS, defaults, width_of
 from inlay.train.evaluate import Evaluator
 from inlay.train.loop import Loop
 from inlay.train.progress import Display
@@ -18,7 +18,7 @@ def head_only(session: Session, evaluator: Evaluator, main: Loop) -> dict[str, f
     """
     import inlay
 
-    chosen = defaults(BASELINE_NAME, session.task)
+    chosen = defaults(BASELINE_NAME, session.task, width_of(session.model.config))
     steps = min(main.total_steps, BASELINE_STEPS)
     config = session.config.model_copy(
         update={

@@ -1,16 +1,15 @@
 """The settings that each method starts from, in one table: they move scores as much as the choice of method does.
 
 Peak learning rates are for AdamW; a new task head has one of its own (`head_rate.py`). `understanding` is
-classification, regression, tagging and span extraction, where encoders of 20 to 400 M parameters are usual: what each
-rate comes to on two data sets with MiniLM, and which were compared with others, says
-`benchmarks/learning-rates-2026-11-22.md`. `generation` is language modelling and sequence to sequence; its rates are
-the published ones, for large models.
+classification, regression, tagging and span extraction: its rates are the best of three or four on two data sets with
+MiniLM (`benchmarks/learning-rates-2026-11-29.md`). `generation` is language modelling and sequence to sequence; its
+rates are the published ones. Both go with the width of the model, as `for_width` says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from inlay.config import MethodSetting, RunConfig
 from inlay.config_loading import method_name
@@ -74,6 +73,9 @@ TAGGING = {name: Defaults(5e-4, batch=16) for name in ("lora", "dora")}
 WIDE = 1024
 """Bottleneck width times scale from which on MAM's rate holds; MAM's own is 2048."""
 
+WIDTHS: dict[Kind, tuple[int, int]] = {"understanding": (384, 384), "generation": (2000, 128)}
+"""Width of the models that a rate of the table is meant for, and the least width at which it was tried."""
+
 FALLBACK = _both(Defaults(1e-3), Defaults(5e-4, batch=8))
 
 EVALUATIONS_PER_RUN = 5
@@ -86,18 +88,37 @@ def kind_of(task: str) -> Kind:
     return "generation" if task in ("causal-lm", "seq2seq") else "understanding"
 
 
-def defaults(method: MethodSetting, task: str) -> Defaults:
+def defaults(method: MethodSetting, task: str, width: int | None = None) -> Defaults:
     """The settings for a method; of a mix, those with the lowest learning rate.
 
     Args:
         method: as in a run configuration, or its lower-case name, `a+b` for a mix.
         task: what is learned.
+        width: hidden size of the model; None leaves the rate as the table has it.
     """
     kind = kind_of(task)
     own = TAGGING if task == "token-classification" else {}
     entries = method if isinstance(method, list) else [method]
     names = [name for entry in entries for name in ("mam" if _is_wide(entry) else method_name(entry)).split("+")]
-    return min((own.get(n) or TABLE.get(n, FALLBACK)[kind] for n in names), key=lambda part: part.learning_rate)
+    chosen = min((own.get(n) or TABLE.get(n, FALLBACK)[kind] for n in names), key=lambda part: part.learning_rate)
+    return chosen if width is None else replace(chosen, learning_rate=for_width(chosen.learning_rate, kind, width))
+
+
+def for_width(rate: float, kind: Kind, width: int) -> float:
+    """rate · (width of the models it is meant for / width)^0.78, to two digits.
+
+    The exponent is the one fitted to Llama in "LoRA Without Regret" (Schulman et al. 2025), from 2,000 as here; Qwen's
+    is 0.08 there, and between 1,000 and 4,000 the two are less than a factor of two apart. Models narrower than those
+    that were tried count as wide as these: 128 features for texts, MiniLM's 384 else.
+    """
+    meant, least = WIDTHS[kind]
+    return float(f"{rate * (meant / max(width, least)) ** 0.78:.2g}")
+
+
+def width_of(model_config: Any) -> int | None:
+    """The hidden size of a model; None where its configuration names none."""
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) and width > 0 else None
 
 
 def _is_wide(entry: MethodSetting) -> bool:
@@ -108,9 +129,9 @@ def _is_wide(entry: MethodSetting) -> bool:
     return isinstance(size, int) and isinstance(scale, int | float) and size * scale >= WIDE
 
 
-def resolve_method(config: RunConfig, method: str, task: str) -> RunConfig:
-    """The configuration with what depends on the method filled in."""
-    chosen = defaults(config.method if method_name(config.method) == method else method, task)
+def resolve_method(config: RunConfig, method: str, task: str, width: int | None = None) -> RunConfig:
+    """The configuration with what depends on the method, and on the width of its model, filled in."""
+    chosen = defaults(config.method if method_name(config.method) == method else method, task, width)
     update: dict[str, object] = {"task": task}
     if config.learning_rate is None:
         update["learning_rate"] = chosen.learning_rate

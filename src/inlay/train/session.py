@@ -17,7 +17,7 @@ from inlay.config import RunConfig
 from inlay.config_loading import build_method
 from inlay.errors import ConfigError
 from inlay.train import models
-from inlay.train.defaults import resolve_method, resolve_steps
+from inlay.train.defaults import resolve_method, resolve_steps, width_of
 from inlay.train.distributed import Team, same_step
 from inlay.train.head_rate import head_learning_rate
 from inlay.train.launcher import Zero, launched, without_deepspeed
@@ -101,7 +101,8 @@ def open_session(config: RunConfig, method_name: str, say: Say, batches_per_step
     if config.verbalizer is not None and (prepared.task != "sequence-classification" or prepared.multi_label):
         several = "several classes for one text" if prepared.multi_label else prepared.task
         raise ConfigError(f"verbalizer: names one class for each text, and the data is for {several}")
-    config = resolve_precision(resolve_method(config, method_name, prepared.task), accelerator.device)
+    config = resolve_method(config, method_name, prepared.task, width_of(model_config))
+    config = resolve_precision(config, accelerator.device)
     config = resolve_dtype(config, method_name, getattr(model_config, "dtype", None), accelerator.device)
     say(f"loading {config.model}")
     seed_everything(config.seed)
