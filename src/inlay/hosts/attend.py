@@ -83,7 +83,7 @@ def former(module: Any) -> tuple[str, Function]:
     Raises:
         AttachmentError: it cannot take extra keys.
     """
-    name = module.__dict__["config"]._attn_implementation or "eager"
+    name = module._inlay.config._attn_implementation or "eager"
     if name == PROBE:
         return name, module.functions[PROBE]
     if name not in SERVED or (name == "eager" and module.eager is None):

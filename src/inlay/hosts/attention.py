@@ -95,7 +95,7 @@ class AttentionHost(KeysHost):
     @property
     def config(self) -> Any:
         """The module's config; while pieces are at work it names `attend` as the attention function."""
-        real = self.__dict__["config"]
+        real = self._inlay.config  # torch.compile before 2.13 takes a look into `__dict__` for a call of this property
         if self._inlay.plan is None:
             return real
         name = real._attn_implementation
@@ -105,7 +105,7 @@ class AttentionHost(KeysHost):
 
     @config.setter
     def config(self, value: Any) -> None:
-        self.__dict__["config"] = value
+        self.__dict__["config"] = self._inlay.config = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's result with the active pieces applied."""

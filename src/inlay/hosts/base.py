@@ -80,7 +80,7 @@ class Placed:
 
 @dataclass(eq=False)
 class Hosted:
-    """What a hosted module knows: path, pieces by adapter, the spans it opens, and the plan for this route.
+    """What a hosted module knows: path, its config, pieces by adapter, the spans it opens, the plan for this route.
 
     `proven` is set where a run on a few tokens showed that its own code can be followed, `pads` where a piece was
     placed that needs to know the padding. `around` names the adapters of a model whose blocks this module runs again
@@ -88,6 +88,7 @@ class Hosted:
     """
 
     path: str
+    config: Any = None
     placed: dict[str, list[Placed]] = field(default_factory=dict)
     opens: dict[str, list[Span]] = field(default_factory=dict)
     plan: Any = None
@@ -154,7 +155,7 @@ def adopt(module: nn.Module, host: type[Host], path: str) -> Hosted:
     module.__class__ = hosted_class(host, type(module))  # type: ignore[assignment, unused-ignore]
     follow_dispatch(module)
     module._modules["inlay"] = Pieces()
-    state = Hosted(path)
+    state = Hosted(path, config=module.__dict__.get("config"))
     module.__dict__["_inlay"] = state
     return state
 

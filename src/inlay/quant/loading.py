@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -251,6 +251,13 @@ class _Quantizer(HfQuantizer):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Unpack}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Asked by every version; older ones (5.17) know nothing of `get_load_operations`."""
+        if not self.pre_quantized:
+            return []
+        names = [*(f"weight.{key}" for key in KEYS), "weight"]  # the shortest, which is in all of them, last
+        return [WeightConverter(names, "weight", [_Unpack(self)])]
 
     def pack(self, name: str, dense: Tensor) -> nn.Parameter:
         """Pack one weight and keep its state under the layer's path."""
