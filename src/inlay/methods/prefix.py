@@ -109,11 +109,11 @@ class PrefixKV(ExtraKV):
         return k, v
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.direct and torch.amp.is_autocast_available(x.device.type):
+        if self.direct or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            k, v = self.prefix()
+        else:
             with torch.autocast(x.device.type, enabled=False):
                 k, v = self.prefix()
-        else:
-            k, v = self.prefix()
         return self._split(k, self.key_size, x), self._split(v, self.value_size, x)
 
     def _split(self, p: Tensor, size: int, x: Tensor) -> Tensor:
