@@ -35,7 +35,7 @@ UNDERSTANDING: dict[str, tuple[float, ...]] = {
     "unipelt": (3e-4, 1e-3, 3e-3, 7e-3),
     "mam": (1e-4, 2e-4, 3e-4, 1e-3),
     "multihead": (2e-3, 5e-3, 2e-2),
-    "prefix": (5e-3, 2e-2, 6e-2),
+    "prefix": (5e-3, 2e-2, 4e-2, 6e-2),
     "ptuningv2": (7e-3, 2e-2, 6e-2),
     "ptuning": (3e-4, 1e-3, 3e-3),
     "prompt": (3e-3, 1e-2, 3e-2),

@@ -35,6 +35,14 @@ def test_a_wide_scaled_bottleneck_learns_as_slowly_as_mam():
     assert resolved.learning_rate == TABLE["mam"]["understanding"].learning_rate
 
 
+@pytest.mark.parametrize("name", ["prefix", "ptuningv2"])
+def test_a_prefix_made_by_an_mlp_learns_more_slowly(name):
+    for task in ("regression", "causal-lm"):
+        direct, made = defaults({"name": name, "mid": None}, task), defaults({"name": name, "mid": 64}, task)
+        assert direct == defaults(name, task)
+        assert made.learning_rate < 0.1 * direct.learning_rate
+
+
 def test_a_head_alone_that_was_given_a_rate_has_it():
     said = RunConfig(model="m", data="d", method="headonly", learning_rate=0.3)
     assert resolve_method(said, "headonly", "regression").head_learning_rate == 0.3
@@ -52,7 +60,7 @@ def test_rates_go_with_the_width_of_the_model():
 
     assert rate("lora", "regression", 384) == TABLE["lora"]["understanding"].learning_rate
     assert rate("lora", "causal-lm", 2000) == TABLE["lora"]["generation"].learning_rate
-    # LLaMA-7B, 13B and 65B had 2e-4, 2e-4 and 1e-4 in the QLoRA paper; RoBERTa-large 3e-4 to 4e-4 in LoRA's, for long runs
+    # LLaMA-7B, 13B and 65B had 2e-4, 2e-4 and 1e-4 in the QLoRA paper
     assert rate("lora", "causal-lm", 4096) == 2.9e-4
     assert rate("lora", "causal-lm", 8192) == 1.7e-4
     assert rate("lora", "regression", 1024) == 9.3e-4
