@@ -7,7 +7,7 @@ import pytest
 import inlay
 from inlay.config import RunConfig
 from inlay.methods.base import methods
-from inlay.train.defaults import TABLE, defaults, kind_of, resolve_method, resolve_steps, width_of
+from inlay.train.defaults import SCALED, TABLE, defaults, kind_of, resolve_method, resolve_steps, width_of
 
 
 def test_every_method_is_in_the_table_and_nothing_else_is():
@@ -25,14 +25,17 @@ def test_texts_are_learnt_with_other_settings_than_classes(task):
     assert defaults("lora", task) != defaults("lora", "sequence-classification")
 
 
-def test_a_wide_scaled_bottleneck_learns_as_slowly_as_mam():
+def test_a_wide_scaled_bottleneck_learns_slowly():
     wide = inlay.Bottleneck.scaled_parallel().spec()
     entry = {"name": wide.pop("method"), **wide}
-    assert defaults(entry, "regression") == TABLE["mam"]["understanding"]
-    assert defaults([entry, "prompt"], "regression") == TABLE["mam"]["understanding"]
+    assert defaults(entry, "regression") == defaults([entry, "prompt"], "regression") == SCALED["understanding"]
     assert defaults(entry | {"scale": 1.0}, "regression") == TABLE["bottleneck"]["understanding"]
     resolved = resolve_method(RunConfig(model="m", data="d", method=entry), "bottleneck", "regression")
-    assert resolved.learning_rate == TABLE["mam"]["understanding"].learning_rate
+    assert (
+        resolved.learning_rate
+        == SCALED["understanding"].learning_rate
+        < TABLE["bottleneck"]["understanding"].learning_rate
+    )
 
 
 @pytest.mark.parametrize("name", ["prefix", "ptuningv2"])

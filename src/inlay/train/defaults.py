@@ -38,22 +38,21 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     "lora": _both(Defaults(2e-3), Defaults(5e-4, batch=8, warmup_ratio=0.03)),
     "dora": _both(Defaults(2e-3), Defaults(5e-4, batch=8, warmup_ratio=0.03)),
     # about 1e-3 on encoders (arXiv:2303.10512, tables 7 to 10); its schedule needs a warm-up of its own
-    "adalora": _both(Defaults(2e-3), Defaults(1e-3, batch=8)),
+    "adalora": _both(Defaults(5e-3), Defaults(1e-3, batch=8)),
     # 3e-3 in T-Few (arXiv:2205.05638), 5e-3 in PEFT's comparison
-    "ia3": _both(Defaults(5e-3), Defaults(3e-3, batch=8)),
+    "ia3": _both(Defaults(2e-2), Defaults(3e-3, batch=8)),
     # 1e-4 to 1e-3 by model size (arXiv:2106.10199, section 4); small encoders take the upper end and above
     "bitfit": _both(Defaults(2e-3), Defaults(1e-3, batch=8)),
-    # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster.
-    # A wide one that scales by 4, as in MAM, moves its output thirty times as far in a step.
+    # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster
     "bottleneck": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
-    "mam": _both(Defaults(3e-4), Defaults(2e-4, batch=8)),
+    "mam": _both(Defaults(1e-4), Defaults(2e-4, batch=8)),
     "unipelt": _both(Defaults(1e-3), Defaults(5e-4, batch=8)),
     # another cell of the same table; the multi-head form is as sensitive as a prefix
     "inlay": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
     "multihead": _both(Defaults(5e-3), Defaults(2e-3, batch=8)),
     # 5e-5 with the MLP and 1e-3 to 5e-3 in the direct form (arXiv:2101.00190; PEFT's comparison); P-tuning v2's range
     # reaches 1e-2, and short runs want more
-    "prefix": _both(Defaults(2e-2), Defaults(2e-3, batch=8)),
+    "prefix": _both(Defaults(4e-2), Defaults(2e-3, batch=8)),
     # 0.3 with Adafactor on T5 (arXiv:2104.08691); 1e-3 to 1e-2 with AdamW
     "prompt": _both(Defaults(1e-2), Defaults(1e-2, batch=8)),
     "ptuning": _both(Defaults(1e-3), Defaults(1e-3, batch=8)),
@@ -74,8 +73,11 @@ THROUGH_AN_MLP = _both(Defaults(1e-3), Defaults(5e-5, batch=8))
 """For prefixes that an MLP makes (`mid`). On Banking77 with MiniLM 5e-3 leaves them at chance, and 1e-3 reaches 0.81,
 more than the direct form at any rate (docs/reproductions.md); 5e-5 is the published rate (arXiv:2101.00190)."""
 
+SCALED = _both(Defaults(3e-4), Defaults(2e-4, batch=8))
+"""For bottlenecks as wide and as much scaled as MAM's: a step moves their output thirty times as far."""
+
 WIDE = 1024
-"""Bottleneck width times scale from which on MAM's rate holds; MAM's own is 2048."""
+"""Bottleneck width times scale from which on `SCALED` holds; MAM's is 2048."""
 
 WIDTHS: dict[Kind, tuple[int, int]] = {"understanding": (384, 384), "generation": (2000, 128)}
 """Width of the models that a rate of the table is meant for, and the least width at which it was tried."""
@@ -112,7 +114,7 @@ def _parts(entry: MethodSetting, own: dict[str, Defaults], kind: Kind) -> list[D
     """What the methods named by one entry start from."""
     name = method_name(entry)
     if _is_wide(entry):
-        return [TABLE["mam"][kind]]
+        return [SCALED[kind]]
     if name in ("prefix", "ptuningv2") and isinstance(entry, dict) and entry.get("mid") is not None:
         return [THROUGH_AN_MLP[kind]]
     return [own.get(n) or TABLE.get(n, FALLBACK)[kind] for n in name.split("+")]
@@ -136,7 +138,7 @@ def width_of(model_config: Any) -> int | None:
 
 
 def _is_wide(entry: MethodSetting) -> bool:
-    """Whether it is a bottleneck whose step moves its output as far as MAM's does."""
+    """Whether it is a bottleneck whose step moves its output about as far as MAM's does."""
     if not isinstance(entry, dict) or method_name(entry) != "bottleneck":
         return False
     size, scale = entry.get("size"), entry.get("scale", 1.0)
