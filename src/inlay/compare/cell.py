@@ -159,7 +159,8 @@ def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
     try:
         apart = path_of_costs(plan, cell)
         costs = Costs(**read_json(apart)) if plan.together and apart.exists() else None
-        _train_and_measure(record, config, folder, costs, measure_inference=plan.times_inference(cell))
+        measured = plan.times_inference(cell)
+        _train_and_measure(record, config, folder, costs, measure_inference=measured, pictures=plan.keep_runs)
     except (MethodError, SiteError, TrainingError) as error:
         record = Record(cell.variant.label, cell.variant.key, cell.size, cell.seed, comparable(config), str(error))
     except Interrupted as error:
@@ -178,7 +179,7 @@ def run(plan: Plan, cell: Cell, data: str | list[str]) -> Record:
 
 
 def _train_and_measure(
-    record: Record, config: RunConfig, folder: Path, costs: Costs | None, *, measure_inference: bool
+    record: Record, config: RunConfig, folder: Path, costs: Costs | None, *, measure_inference: bool, pictures: bool
 ) -> None:
     from inlay.describe import base_parameters
     from inlay.train.run import train
@@ -191,7 +192,7 @@ def _train_and_measure(
             shutil.rmtree(folder)
         config = config.model_copy(update={"output_dir": str(folder), "resume": str(folder) if going_on else False})
         with PeakMemory() as peak:
-            result = train(config, quiet=True)
+            result = train(config, quiet=True, pictures=pictures)
         record.trained, record.peak_bytes = result.trained_parameters, peak.bytes
     resolved, facts = runfolder.read_config(folder), read_json(folder / "data.json")
     record.task, record.metric = str(resolved.task), resolved.metric_for_best_model or MAIN[str(resolved.task)]

@@ -55,16 +55,22 @@ class Length:
     def seconds(self, runs: int, variants: int, unit: float) -> float:
         """About how long so many runs take, and inference once a variant, where `feed_forward_seconds` are `unit`.
 
-        The factors are rough, from the step times of a few methods on two machines; no whole comparison tested them.
+        The factors are rough: from two whole comparisons, on a machine with fast products and on one with slow ones.
         """
         training, reading = 0.8 * self.steps * self.rows, 0.3 * (self.points + 1) * self.held_out
-        return runs * (5 + unit * (training + reading)) + 6 * variants
+        return runs * (3 + unit * (200 + training + reading)) + 6 * variants
 
 
 LENGTH_KEYS = ("max_steps", "per_device_train_batch_size", "save_steps", "eval_steps", "eval_data")
 """What `Length.flags` may give."""
 
-LENGTHS = (Length(80, 32, 3, 600), Length(40, 32, 2, 600), Length(40, 16, 1, 300), Length(20, 16, 1, 300))
+LENGTHS = (
+    Length(80, 32, 3, 600),
+    Length(40, 32, 2, 600),
+    Length(40, 16, 1, 300),
+    Length(30, 16, 1, 300),
+    Length(20, 16, 1, 300),
+)
 
 
 def demo_plan(

@@ -45,7 +45,7 @@ TABLE: dict[str, dict[Kind, Defaults]] = {
     "bitfit": _both(Defaults(2e-3), Defaults(1e-3, batch=8)),
     # 1e-4 for base and 5e-5 for large models (arXiv:2110.04366, table 8); bottlenecks of small models learn faster
     "bottleneck": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),
-    "mam": _both(Defaults(1e-4), Defaults(2e-4, batch=8)),
+    "mam": _both(Defaults(2e-4), Defaults(2e-4, batch=8)),
     "unipelt": _both(Defaults(1e-3), Defaults(5e-4, batch=8)),
     # another cell of the same table; the multi-head form is as sensitive as a prefix
     "inlay": _both(Defaults(3e-3), Defaults(2e-4, batch=8)),

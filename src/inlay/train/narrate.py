@@ -53,7 +53,9 @@ class Narrator:
         self.fact("data", escape(prepared.format), *map(escape, facts), *map(escape, report.lines()))
 
     def plan(self, session: Session, adapter: Any, total_steps: int, run: Path) -> None:
-        """What will be trained, for how long, and what it will need."""
+        """What will be trained, for how long, and what it will need, which takes a second to find out."""
+        if self.quiet:
+            return
         config, model = session.config, session.model
         base = base_parameters(model)
         trained, stored, head = adapter.trained_parameters, adapter.stored_parameters, adapter.head_parameters

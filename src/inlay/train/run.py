@@ -54,13 +54,14 @@ class Result:
     pictures: list[str] = field(default_factory=list)
 
 
-def train(config: RunConfig, *, console: Console | None = None, quiet: bool = False) -> Result:
+def train(config: RunConfig, *, console: Console | None = None, quiet: bool = False, pictures: bool = True) -> Result:
     """Train an adapter as a configuration says, and leave a run folder.
 
     Args:
         config: from `inlay.config_loading.load` or made in Python.
         console: where to print; standard output when absent.
         quiet: print nothing.
+        pictures: draw the curves and what was learnt; False saves seconds for who looks at the figures alone.
 
     Raises:
         ConfigError, DataError: what was asked for cannot be done; nothing was written.
@@ -79,7 +80,7 @@ def train(config: RunConfig, *, console: Console | None = None, quiet: bool = Fa
         adapter = attach_method(session, ADAPTER, resumed=bool(config.resume))
         _ready_model(session, adapter)
         with _disk_told(run):
-            return Run(session, adapter, run, narrator, stop, name).go(start, resume=bool(config.resume))
+            return Run(session, adapter, run, narrator, stop, name, pictures).go(start, resume=bool(config.resume))
 
 
 @contextlib.contextmanager
@@ -127,10 +128,17 @@ class Run:
     """One run on a session: `go` is all of it; `loop`, `begin` and `finish` are its parts, for who trains several."""
 
     def __init__(
-        self, session: Session, adapter: Any, run: Path, narrator: Narrator, stop: StopRequest, method: str
+        self,
+        session: Session,
+        adapter: Any,
+        run: Path,
+        narrator: Narrator,
+        stop: StopRequest,
+        method: str,
+        pictures: bool = True,
     ) -> None:
         self.session, self.adapter, self.run, self.narrator, self.stop = session, adapter, run, narrator, stop
-        self.config, self.method = session.config, method
+        self.config, self.method, self.pictures = session.config, method, pictures
         self.main = session.accelerator.is_main_process
         narrator.quiet = narrator.quiet or not self.main
         self.samples = self._samples()
@@ -311,8 +319,10 @@ class Run:
             batches = None  # gates are recorded by this process alone, which must then have the whole model
             if held_out is not None and not is_sharded(self.session.model):
                 batches = self.session.eval_batches(held_out)
-            result.pictures = insights.write(self.run, self.adapter, batches, self.session.task, self.session.autocast)
-            report.plot(self.run, self.config.metric_for_best_model or MAIN[self.session.task])
+            if self.pictures:
+                task, autocast = self.session.task, self.session.autocast
+                result.pictures = insights.write(self.run, self.adapter, batches, task, autocast)
+                report.plot(self.run, self.config.metric_for_best_model or MAIN[task])
             folders.replace_text(self.run / "README.md", report.card(self._facts(result, title)))
             folders.replace_text(self.run / "results.json", json.dumps(result.results, indent=1))
         self._tell(result, title)

@@ -22,6 +22,7 @@ import platform
 import re
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,13 +133,17 @@ def data_facts(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+@cache
+def _packages() -> dict[str, str]:
+    """What is installed, read once: some hundred files."""
+    found = importlib.metadata.distributions()
+    return {dist.metadata["Name"]: dist.version for dist in found if dist.metadata["Name"]}
+
+
 def environment() -> dict[str, Any]:
     """Machine and software, as far as they bear on results."""
     import torch
 
-    packages = {
-        dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
-    }
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "inlay": __version__,
@@ -150,7 +155,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "arguments": sys.argv[1:],
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "packages": dict(sorted(_packages().items(), key=lambda item: item[0].lower())),
     }
 
 
