@@ -220,7 +220,7 @@ def section(key: str) -> list[str]:
         re.sub(r"^\* ", "- ", text, flags=re.M),
         "",
         f"*Source*: {source(cls.citation)}; BibTeX by `inlay.citation`. *Settings and defaults*: `{cls.__name__}({settings})`; "
-        f"`inlay methods {key}` explains them. *Training starts from* (`src/inlay/train/defaults.py` says whence): {starts}.",
+        f"`inlay methods {key}` explains them. *Training starts from* (`src/inlay/train/defaults.py` says whence, and how rates go with width): {starts}.",
         "",
         "```python",
         f"adapter = inlay.attach(model, inlay.{EXAMPLES[key]})",
