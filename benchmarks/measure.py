@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+"""The shape of Llama 3.2 1B, for `LlamaConfig`."""
 KEEP_PAGES = {
     "GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**31 - 1}:glibc.malloc.top_pad={512 << 20}"
 }

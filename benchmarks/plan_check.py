@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import saved_bytes, storages
+from measure import LLAMA_1B, saved_bytes, storages
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -36,14 +36,6 @@ DECODER = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "vocab_size": 8192,
-}
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
 }
 LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 ENCODER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}

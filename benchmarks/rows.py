@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from measure import synchronise
+from measure import LLAMA_1B, synchronise
 
 import inlay
 from inlay.sweep.together import passes
@@ -35,14 +35,6 @@ SMALL = {
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "vocab_size": 8192,
-}
-ON_A_GPU = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -71,7 +63,7 @@ def llama() -> transformers.LlamaForCausalLM:
     on_a_gpu = torch.get_default_device().type == "cuda"
     torch.set_default_dtype(torch.bfloat16 if on_a_gpu else torch.float32)
     try:
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(ON_A_GPU if on_a_gpu else SMALL)))
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA_1B if on_a_gpu else SMALL)))
     finally:
         torch.set_default_dtype(torch.float32)
 

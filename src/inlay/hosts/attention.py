@@ -95,7 +95,7 @@ class AttentionHost(KeysHost):
     @property
     def config(self) -> Any:
         """The module's config; while pieces are at work it names `attend` as the attention function."""
-        real = self._inlay.config  # torch.compile before 2.13 takes a look into `__dict__` for a call of this property
+        real = self._inlay.config  # torch 2.11 compiles a look into `__dict__` as a call of this property
         if self._inlay.plan is None:
             return real
         name = real._attn_implementation

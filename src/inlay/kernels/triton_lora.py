@@ -108,10 +108,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x_MI, dtype = _rows(x), x.dtype
         ctx.types = A_RI.dtype, B_OR.dtype, None if bias_O is None else bias_O.dtype
-        if A_RI.dtype is not dtype:
-            A_RI = A_RI.to(dtype)
-        if B_OR.dtype is not dtype:
-            B_OR = B_OR.to(dtype)
+        A_RI, B_OR = _in(A_RI, dtype), _in(B_OR, dtype)
         mask = Mask(draw_seed(x.device), p) if p else None
         s_MR = _shrink(x_MI, A_RI, scale, mask)
         weight = stored[0] if layout is None else _packed(stored, layout)
@@ -168,7 +165,7 @@ def forward_product(
     x: Tensor, x_MI: Tensor, weight: Weight, bias_O: Tensor | None, s_MR: Tensor, B_OR: Tensor
 ) -> Tensor:
     """y = x Wᵀ + b + s Bᵀ in the form that is fastest for this shape: fresh, with the dimensions of x or two."""
-    bias = bias_O if bias_O is None or bias_O.dtype is x_MI.dtype else bias_O.to(x_MI.dtype)
+    bias = None if bias_O is None else _in(bias_O, x_MI.dtype)
 
     def plain() -> Tensor:
         y = F.linear(x, dense(weight, x.dtype), bias)
